@@ -1,0 +1,1 @@
+"""The only rooms that touch torch: record, replay, measure, step."""

@@ -1,0 +1,1 @@
+"""Real training jobs on data that needs no network."""
