@@ -1,0 +1,46 @@
+# Needs python3 (>= 3.11), make and git; everything else goes into .venv.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.memfit-stamp
+
+# Log levels only: torch's profiler and allocator write notices to stderr that say nothing to a user of memfit.
+export KINETO_LOG_LEVEL ?= 6
+export TORCH_CPP_LOG_LEVEL ?= ERROR
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check check-cuda bench clean
+
+help:  ## Show the targets
+	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+.venv: $(STAMP)  ## Create the virtual environment; does nothing while the pins are unchanged
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Train within a memory limit and compare with the plain step
+	$(PY) examples/demo.py
+
+check: $(STAMP)  ## Format, lint and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy --strict
+
+# Two threads: the numbers in the tests do not depend on it, the time does.
+test: check  ## The checks, then every test that needs no GPU
+	OMP_NUM_THREADS=2 $(PY) -m pytest -m "not cuda"
+
+check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promised against measured memory
+	$(PY) -m pytest -m cuda
+	$(PY) benchmarks/check_cuda.py
+
+bench: $(STAMP)  ## Measure what the README reports
+	$(PY) benchmarks/issue2.py
+
+clean:  ## Remove the environment and what the tools left behind
+	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
