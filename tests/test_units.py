@@ -55,7 +55,7 @@ def test_a_fraction_of_a_byte_is_dropped() -> None:
         ("12Gib", "'12Gib' is in bits: write '12GiB' or '12GB'"),
         ("8 G", "'8 G' can mean two sizes: write '8GiB' or '8GB'"),
         ("512m", "'512m' can mean two sizes: write '512MiB' or '512MB'"),
-        ("8", "'8' has no unit: write '8GiB' or '8MiB', or pass an int of bytes"),
+        ("8", "'8' has no unit: write '8GiB', '8MiB', or '8B' for bytes"),
         ("0", "'0' has no unit"),
         ("", "cannot read '' as an amount of memory: write an int of bytes"),
         ("nan", "cannot read 'nan'"),

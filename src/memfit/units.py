@@ -53,7 +53,7 @@ def _unit_bytes(text: str, number: str, unit: str) -> int:
     """Returns the bytes in one ``unit``; refuses bits, bare numbers and bare prefixes with the cure."""
     if unit == "":
         raise ValueError(
-            f"{text!r} has no unit: write '{number}GiB' or '{number}MiB', or pass an int of bytes"
+            f"{text!r} has no unit: write '{number}GiB', '{number}MiB', or '{number}B' for bytes"
         )
     if unit.lower() in ("k", "m", "g", "t"):
         prefix = unit.upper()
@@ -97,7 +97,7 @@ def format_bytes(n: int) -> str:
 
 
 def format_seconds(s: float) -> str:
-    """Returns ``s`` seconds for people, three digits: ``'2h 05min'``, ``'1min 07s'``, ``'1.25 s'``, ``'83.1 ms'``."""
+    """Returns ``s`` seconds for people: ``'2h 05min'``, ``'1min 07s'``, ``'1.25 s'``, ``'83.1 ms'``."""
     size = abs(s)
     if not size < float("inf"):
         return f"{s} s"
