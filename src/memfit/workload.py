@@ -1,4 +1,4 @@
-"""What ``memfit train`` trains: a model, its optimizer, its loss and its batches, and how a TARGET names them.
+"""What ``memfit train`` trains: model, optimizer, loss and batches, and how a TARGET names them.
 
 Imports no torch: the command line must start at once.
 """
@@ -216,6 +216,6 @@ def _check(target: str, workload: object) -> None:
         raise BadTarget(f"TARGET {target!r}: loss_fn is not callable. Give loss_fn(model, batch) -> Tensor.")
     if not callable(workload.batches) and not isinstance(workload.batches, Iterable):
         raise BadTarget(
-            f"TARGET {target!r}: batches is a {type(workload.batches).__name__}, neither iterable nor callable. "
-            f"Give a list, a DataLoader, or a function from the step index to a batch."
+            f"TARGET {target!r}: batches is a {type(workload.batches).__name__}, which is neither iterable "
+            f"nor callable. Give a list, a DataLoader, or a function from the step index to a batch."
         )

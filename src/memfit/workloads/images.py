@@ -1,7 +1,7 @@
 """A small ResNet on crops of scikit-image's bundled photographs: from which photograph is this crop?
 
-Real convolutions, BatchNorm and in-place writes. BatchNorm looks across the rows of a batch, so this batch cannot
-be split: everything must come from recomputation.
+Real convolutions, BatchNorm and in-place writes. BatchNorm looks across the rows of a batch, so this batch
+cannot be split: everything must come from recomputation.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def workload(batch_size: int = 32, seed: int = 0, device: str = "cpu") -> Worklo
     """Returns the second job: a ResNet that tells photographs apart by a crop."""
     photographs = bundled_photographs()
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = ResNet(classes=len(photographs))
     model.to(device)
     return Workload(

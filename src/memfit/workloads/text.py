@@ -64,7 +64,8 @@ class Block(nn.Module):
         """Returns the block's output: [B, T, C]."""
         x = x + self.dropout(self.attention(self.norm_attention(x)))
         hidden = F.gelu(self.expand(self.norm_mlp(x)))  # [B, T, 4C]
-        return x + self.dropout(self.contract(hidden))
+        out: torch.Tensor = x + self.dropout(self.contract(hidden))
+        return out
 
 
 class GPT(nn.Module):
@@ -154,7 +155,7 @@ def _read(path: Path) -> bytes:
 def build_model(config: GPTConfig, seed: int, device: str) -> GPT:
     """Returns a GPT whose weights depend on ``seed`` alone; the caller's random state is untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = GPT(config)
     return model.to(device)
 
