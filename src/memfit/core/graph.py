@@ -1,0 +1,275 @@
+"""What one training step does, as a pure value: operations, values, saves and their order.
+
+Note [The step graph]
+ 1. A *storage* is a block of memory; views share it. A *value* is one version of one storage: an
+    in-place write makes a new value of the same storage. Views are not operations here.
+ 2. An *op* is one call below autograd. ``ops[:forward_ops]`` is the forward, the rest the backward.
+    It allocates storages, reads values, makes values, and overwrites values of the same storage.
+ 3. A *save* is one tensor that autograd keeps for the backward: packed in the forward, unpacked
+    when its node runs, released when the node is done.
+ 4. ``log`` is the order of everything that moves memory. ``FREE`` is the moment at which a storage
+    would die if autograd had saved nothing: the recorder never keeps a saved tensor alive, so the
+    life that a plan decides about and the life that the program decides about are separate.
+ 5. External values (parameters, buffers, the batch, constants) are alive throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+FORMAT = 1
+
+
+class OpKey(NamedTuple):
+    """The call site of an op: which module call, which op, the how many-th of it in that call."""
+
+    frame: str
+    op: str
+    nth: int
+
+    def __str__(self) -> str:
+        """Readable form, for people only."""
+        return f"{self.frame or 'loss'}: {self.op}" + (f" #{self.nth}" if self.nth else "")
+
+
+class LogKind(IntEnum):
+    """What a log entry says happened to the op, save or storage it names."""
+
+    OP = 0
+    PACK = 1
+    UNPACK = 2
+    RELEASE = 3
+    FREE = 4
+
+
+class LogEntry(NamedTuple):
+    """One moment of the step: ``index`` is of an op, a save or a storage, as ``kind`` says."""
+
+    kind: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A block of memory. ``persists`` means it outlives the step (a gradient)."""
+
+    size_bytes: int
+    persists: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One version of a storage. ``producer`` is an op index, -1 for an external value."""
+
+    storage: int
+    producer: int
+    output: int
+    is_overwritten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One call below autograd.
+
+    ``temporary_bytes`` are allocated inside the operator on top of its outputs. ``seed_bytes`` is
+    the size of the generator state a replay of a random op needs. ``inputs`` include what the op
+    overwrites; ``overwrites`` are the old versions of the storages written in place.
+    """
+
+    key: OpKey
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    overwrites: tuple[int, ...] = ()
+    allocates: tuple[int, ...] = ()
+    seconds: float = 0.0
+    temporary_bytes: int = 0
+    seed_bytes: int = 0
+    is_random: bool = False
+    is_replayable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A tensor autograd keeps: the value it lives in."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """Forward and backward of one micro-batch of ``rows`` rows. See Note [The step graph].
+
+    ``gradients_resident`` says whether ``.grad`` existed at the start, as it does from the second
+    micro-batch on. ``coupled`` names ops that mix rows (BatchNorm in training mode).
+    """
+
+    rows: int
+    forward_ops: int
+    gradients_resident: bool
+    ops: tuple[Op, ...]
+    storages: tuple[Storage, ...]
+    values: tuple[Value, ...]
+    saves: tuple[Save, ...]
+    log: tuple[LogEntry, ...]
+    coupled: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses numbers no step can have: the planner would compute nonsense from them."""
+        for op in self.ops:
+            if not math.isfinite(op.seconds) or op.seconds < 0 or op.temporary_bytes < 0:
+                raise ValueError(f"op {op.key} has impossible seconds or bytes; record the step again")
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds of one forward."""
+        return sum(op.seconds for op in self.ops[: self.forward_ops])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of forward and backward without any recomputation."""
+        return sum(op.seconds for op in self.ops)
+
+    def size_bytes(self, value: int) -> int:
+        """Bytes of the storage a value lives in."""
+        return self.storages[self.values[value].storage].size_bytes
+
+    def value_key(self, value: int) -> ValueKey:
+        """The name of a value that survives a new trace: its op's call site and output number."""
+        found = self.values[value]
+        return ValueKey(*self.ops[found.producer].key, found.output)
+
+    def produced(self) -> Iterator[int]:
+        """The values made by forward ops."""
+        return (index for index, value in enumerate(self.values) if value.producer >= 0)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return {
+            "rows": self.rows,
+            "forward_ops": self.forward_ops,
+            "gradients_resident": self.gradients_resident,
+            "ops": [list(asdict(op).values()) for op in self.ops],
+            "storages": [[s.size_bytes, s.persists] for s in self.storages],
+            "values": [[v.storage, v.producer, v.output, v.is_overwritten] for v in self.values],
+            "saves": [s.value for s in self.saves],
+            "log": [list(entry) for entry in self.log],
+            "coupled": list(self.coupled),
+        }
+
+    @staticmethod
+    def from_data(data: dict[str, Any]) -> StepGraph:
+        """The inverse of :meth:`to_data`."""
+        return StepGraph(
+            rows=data["rows"],
+            forward_ops=data["forward_ops"],
+            gradients_resident=data["gradients_resident"],
+            ops=tuple(_op_from_row(row) for row in data["ops"]),
+            storages=tuple(Storage(*row) for row in data["storages"]),
+            values=tuple(Value(*row) for row in data["values"]),
+            saves=tuple(Save(value) for value in data["saves"]),
+            log=tuple(LogEntry(*row) for row in data["log"]),
+            coupled=tuple(data["coupled"]),
+        )
+
+
+class ValueKey(NamedTuple):
+    """The name of a value across traces: the call site of its op, and which output it is."""
+
+    frame: str
+    op: str
+    nth: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Bytes that live through the whole step, by category."""
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Their sum."""
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.batch_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one step of a model does, at every micro-batch size worth considering.
+
+    Attributes:
+        rows: Rows of the effective batch.
+        graphs: One graph a candidate micro-batch size, largest first.
+        residents: Bytes alive throughout; gradients as after the first micro-batch.
+        update_temporary_bytes: Peak of ``optimizer.step()`` above the residents.
+        update_s: Seconds of ``optimizer.step()``.
+        alignment_bytes: The allocator rounds every block up to this.
+        replay_overhead_s: Seconds that replaying one op costs beside the op itself.
+        unexplained_bytes: What a measured run showed above the prediction; added to every peak.
+        source: How it was recorded ("fake", "real") and where the seconds come from.
+    """
+
+    rows: int
+    graphs: tuple[StepGraph, ...]
+    residents: Residents
+    update_temporary_bytes: int
+    update_s: float
+    alignment_bytes: int = 1
+    replay_overhead_s: float = 0.0
+    unexplained_bytes: int = 0
+    source: str = ""
+
+    def graph(self, micro_batch_size: int) -> StepGraph:
+        """The graph of the smallest recorded micro-batch of at least this size.
+
+        Raises:
+            ValueError: No recorded micro-batch is that large.
+        """
+        fitting = [graph for graph in self.graphs if graph.rows >= micro_batch_size]
+        if not fitting:
+            raise ValueError(
+                f"the profile has no micro-batch of {micro_batch_size} rows (its largest has "
+                f"{max(graph.rows for graph in self.graphs)}); profile the batch again"
+            )
+        return min(fitting, key=lambda graph: graph.rows)
+
+    def to_json(self) -> str:
+        """A JSON text that :meth:`from_json` reads back to an equal value."""
+        data = asdict(self) | {"graphs": [graph.to_data() for graph in self.graphs], "format": FORMAT}
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str) -> Profile:
+        """Reads a profile.
+
+        Raises:
+            ValueError: The text is not a profile of this version.
+        """
+        data = _checked(text, "profile")
+        graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
+        return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
+
+
+def _op_from_row(row: list[Any]) -> Op:
+    """An op from its JSON row: the key and four tuples come first."""
+    key, inputs, outputs, overwrites, allocates, *rest = row
+    return Op(OpKey(*key), tuple(inputs), tuple(outputs), tuple(overwrites), tuple(allocates), *rest)
+
+
+def _checked(text: str, noun: str) -> dict[str, Any]:
+    """Parses JSON and checks that it says it is of this format."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not a memfit {noun}: {error}") from None
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise ValueError(f"this is not a memfit {noun} of format {FORMAT}; make it again")
+    return data

@@ -1,0 +1,347 @@
+"""The one definition of what a plan costs: live bytes at every moment of a step, and seconds.
+
+Note [Simulation]
+ 1. The log is walked in order. A storage is alive while the program holds it (until ``FREE``) or
+    something else does: a save of a kept value, or a pending replay that will read a kept value.
+ 2. A *dropped* value is not kept by its saves. When one is unpacked, the ops missing for it run once,
+    in forward order; a replayed value lives until its last save is released and its last pending
+    reader has been replayed. This is plain reference counting, as the replay does it.
+ 3. A replayed in-place op takes the old version over if nobody else wants it, else it copies it.
+ 4. At each op the peak counts inputs, outputs and the operator's own temporaries together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from memfit.core.graph import LogKind, Profile, StepGraph
+
+
+class Moment(NamedTuple):
+    """Live bytes while one op runs; residents (parameters and so on) are not among them."""
+
+    op: int
+    is_replay: bool
+    activation_bytes: int
+    replayed_bytes: int
+    gradient_bytes: int
+    temporary_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum over the categories."""
+        return self.activation_bytes + self.replayed_bytes + self.gradient_bytes + self.temporary_bytes
+
+
+class Run(NamedTuple):
+    """A simulated micro-batch: each moment, and the ops that were replayed, in order."""
+
+    moments: list[Moment]
+    replayed_ops: list[int]
+
+    @property
+    def peak(self) -> Moment:
+        """The highest moment, the first of equals."""
+        return max(self.moments, key=lambda moment: moment.total_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One moment of the step, every byte in a category.
+
+    ``phase`` is "forward", "backward", "recompute" or "update"; ``owner`` the call site that runs.
+    """
+
+    phase: str
+    owner: str
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    activations_bytes: int
+    replayed_bytes: int
+    temporaries_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum over the categories."""
+        return (
+            self.parameters_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.batch_bytes
+            + self.activations_bytes
+            + self.replayed_bytes
+            + self.temporaries_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Live bytes at every moment of one micro-batch and of the optimizer step."""
+
+    events: tuple[Event, ...]
+
+    @property
+    def peak(self) -> Event:
+        """The highest event, the first of equals."""
+        return max(self.events, key=lambda event: event.total_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the highest event."""
+        return self.peak.total_bytes
+
+
+def droppable(graph: StepGraph) -> frozenset[int]:
+    """The values a replay can make again.
+
+    Their op may be replayed, and every input that is overwritten later (so that it cannot be kept)
+    can itself be made again.
+    """
+    found: set[int] = set()
+    for op in graph.ops[: graph.forward_ops]:
+        if op.is_replayable and all(
+            value in found for value in op.inputs if graph.values[value].is_overwritten
+        ):
+            found.update(op.outputs)
+    return frozenset(found)
+
+
+class _Walk:
+    """The reference counting of Note [Simulation], one instance a run."""
+
+    def __init__(self, graph: StepGraph, dropped: frozenset[int], alignment_bytes: int) -> None:
+        self.graph = graph
+        self.dropped = dropped
+        align = alignment_bytes
+        self.sizes = [-(-s.size_bytes // align) * align for s in graph.storages]
+        self.alignment_bytes = align
+        self.holders = [0] * len(self.sizes)
+        self.named = [False] * len(self.sizes)
+        self.wanted = [0] * len(graph.values)
+        self.made = [False] * len(graph.values)
+        self.pending: set[int] = set()
+        self.unpacked: set[int] = set()
+        self.activations = self.replayed = self.gradients = self.temporaries = 0
+        self.first_backward = graph.forward_ops
+        self.maker = [0] * len(self.sizes)
+        for index, op in enumerate(graph.ops):
+            for storage in op.allocates:
+                self.maker[storage] = index
+        self.moments: list[Moment] = []
+        self.replayed_ops: list[int] = []
+
+    # ---- the program's own storages -----------------------------------------------------------------
+
+    def _count(self, storage: int, sign: int) -> None:
+        """Adds or removes a storage from its category."""
+        size = sign * self.sizes[storage]
+        if self.maker[storage] < self.first_backward:
+            self.activations += size
+        elif self.graph.storages[storage].persists:
+            self.gradients += size
+        else:
+            self.temporaries += size
+
+    def _release(self, storage: int) -> None:
+        """One holder less."""
+        self.holders[storage] -= 1
+        if not self.holders[storage] and not self.named[storage]:
+            self._count(storage, -1)
+
+    def run_op(self, index: int) -> None:
+        """An op of the program runs; a planned one leaves a record that pins what it will read."""
+        op = self.graph.ops[index]
+        for storage in op.allocates:
+            self.named[storage] = True
+            self._count(storage, 1)
+        self._note(index, False, op.temporary_bytes)
+        if index < self.first_backward and not self.dropped.isdisjoint(op.outputs):
+            self.pending.add(index)
+            self.activations += op.seed_bytes
+            for value in op.inputs:
+                if value in self.dropped:
+                    self.wanted[value] += 1
+                else:
+                    self.holders[self.graph.values[value].storage] += 1
+
+    def free(self, storage: int) -> None:
+        """The program lets go of a storage."""
+        self.named[storage] = False
+        if not self.holders[storage]:
+            self._count(storage, -1)
+
+    def _note(self, op: int, is_replay: bool, temporary_bytes: int) -> None:
+        """A moment at which memory may be highest."""
+        self.moments.append(
+            Moment(
+                op,
+                is_replay,
+                self.activations,
+                self.replayed,
+                self.gradients,
+                self.temporaries + temporary_bytes,
+            )
+        )
+
+    # ---- saves --------------------------------------------------------------------------------------
+
+    def pack(self, save: int) -> None:
+        """A save holds its storage, or wants its value made again."""
+        value = self.graph.saves[save].value
+        if value in self.dropped:
+            self.wanted[value] += 1
+        else:
+            self.holders[self.graph.values[value].storage] += 1
+
+    def unpack(self, save: int) -> None:
+        """The backward needs a save: what is missing is replayed."""
+        value = self.graph.saves[save].value
+        if value in self.dropped and not self.made[value]:
+            for op in self._missing(value):
+                self._replay(op)
+
+    def release(self, save: int) -> None:
+        """The backward is done with a save."""
+        value = self.graph.saves[save].value
+        if value in self.dropped:
+            self._unwant(value)
+        else:
+            self._release(self.graph.values[value].storage)
+
+    # ---- replay -------------------------------------------------------------------------------------
+
+    def _missing(self, value: int) -> list[int]:
+        """The pending ops a value depends on, in forward order."""
+        found: set[int] = set()
+        stack = [self.graph.values[value].producer]
+        while stack:
+            op = stack.pop()
+            if op in found:
+                continue
+            found.add(op)
+            stack.extend(
+                self.graph.values[v].producer
+                for v in self.graph.ops[op].inputs
+                if v in self.dropped and not self.made[v]
+            )
+        return sorted(found)
+
+    def _replay(self, index: int) -> None:
+        """Runs one missing op and lets go of what only it was waiting for."""
+        op = self.graph.ops[index]
+        self.pending.discard(index)
+        self.replayed_ops.append(index)
+        taken = set()
+        for output in op.outputs:
+            old = self._overwritten(index, output)
+            if old is not None and self.wanted[old] == 1:
+                taken.add(old)
+            else:
+                self.replayed += self.sizes[self.graph.values[output].storage]
+            self.made[output] = True
+        self._note(index, True, op.temporary_bytes)
+        self.activations -= op.seed_bytes
+        for value in op.inputs:
+            if value in taken:
+                self.wanted[value] = 0
+            elif value in self.dropped:
+                self._unwant(value)
+            else:
+                self._release(self.graph.values[value].storage)
+        for output in op.outputs:
+            if not self.wanted[output]:
+                self.replayed -= self.sizes[self.graph.values[output].storage]
+
+    def _overwritten(self, index: int, output: int) -> int | None:
+        """The old version that an output of an in-place op replaces."""
+        storage = self.graph.values[output].storage
+        for old in self.graph.ops[index].overwrites:
+            if self.graph.values[old].storage == storage:
+                return old
+        return None
+
+    def _unwant(self, value: int) -> None:
+        """One reason less to have a value; without any it dies, and so does a record nobody needs."""
+        stack = [value]
+        while stack:
+            value = stack.pop()
+            self.wanted[value] -= 1
+            if self.wanted[value]:
+                continue
+            producer = self.graph.values[value].producer
+            if self.made[value]:
+                self.replayed -= self.sizes[self.graph.values[value].storage]
+            elif producer in self.pending and not any(
+                self.wanted[v] for v in self.graph.ops[producer].outputs
+            ):
+                self.pending.discard(producer)
+                self.activations -= self.graph.ops[producer].seed_bytes
+                for needed in self.graph.ops[producer].inputs:
+                    if needed in self.dropped:
+                        stack.append(needed)
+                    else:
+                        self._release(self.graph.values[needed].storage)
+
+
+def run(graph: StepGraph, dropped: Iterable[int] = (), *, alignment_bytes: int = 1) -> Run:
+    """Simulates one micro-batch in which the given values are replayed instead of kept.
+
+    Cost: linear in the log and the replayed ops.
+    """
+    walk = _Walk(graph, frozenset(dropped), alignment_bytes)
+    act = {
+        LogKind.OP: walk.run_op,
+        LogKind.PACK: walk.pack,
+        LogKind.UNPACK: walk.unpack,
+        LogKind.RELEASE: walk.release,
+        LogKind.FREE: walk.free,
+    }
+    for kind, index in graph.log:
+        act[LogKind(kind)](index)
+    return Run(walk.moments, walk.replayed_ops)
+
+
+def base_bytes(profile: Profile, graph: StepGraph) -> int:
+    """Bytes alive under every moment of a micro-batch: with one micro-batch gradients grow in the run."""
+    residents = profile.residents
+    gradients = residents.gradients_bytes if graph.gradients_resident else 0
+    return residents.total_bytes - residents.gradients_bytes + gradients + profile.unexplained_bytes
+
+
+def update_peak_bytes(profile: Profile) -> int:
+    """Peak of the optimizer step, when the activations are gone."""
+    return profile.residents.total_bytes + profile.update_temporary_bytes + profile.unexplained_bytes
+
+
+def events(profile: Profile, graph: StepGraph, dropped: frozenset[int]) -> Iterator[Event]:
+    """Every moment of one micro-batch and of the optimizer step, with all categories."""
+    residents = profile.residents
+    resident_gradients = residents.gradients_bytes if graph.gradients_resident else 0
+    for moment in run(graph, dropped, alignment_bytes=profile.alignment_bytes).moments:
+        forward = moment.op < graph.forward_ops
+        yield Event(
+            phase="recompute" if moment.is_replay else "forward" if forward else "backward",
+            owner=str(graph.ops[moment.op].key),
+            parameters_bytes=residents.parameters_bytes,
+            gradients_bytes=resident_gradients + moment.gradient_bytes,
+            optimizer_bytes=residents.optimizer_bytes,
+            batch_bytes=residents.batch_bytes,
+            activations_bytes=moment.activation_bytes,
+            replayed_bytes=moment.replayed_bytes,
+            temporaries_bytes=moment.temporary_bytes + profile.unexplained_bytes,
+        )
+    yield Event(
+        phase="update",
+        owner="optimizer.step",
+        parameters_bytes=residents.parameters_bytes,
+        gradients_bytes=residents.gradients_bytes,
+        optimizer_bytes=residents.optimizer_bytes,
+        batch_bytes=residents.batch_bytes,
+        activations_bytes=0,
+        replayed_bytes=0,
+        temporaries_bytes=profile.update_temporary_bytes + profile.unexplained_bytes,
+    )

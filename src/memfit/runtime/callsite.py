@@ -1,0 +1,81 @@
+"""Where in the model an op is called: the frame of its module call, and its occurrence there.
+
+A frame is ``"name"`` for the first call of a module in a forward and ``"name#2"`` for its third, so
+control flow that changes between steps moves only the keys of what it skips. Ops of the loss function
+itself are in the frame ``""``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+from torch._ops import OpOverload
+from torch.utils.hooks import RemovableHandle
+
+D = TypeVar("D")
+
+
+class Frame(Generic[D]):
+    """One module call: how often each op was called in it, and what the plan says about those."""
+
+    __slots__ = ("counts", "decisions", "name")
+
+    def __init__(self, name: str, decisions: D | None) -> None:
+        self.name = name
+        self.decisions = decisions
+        self.counts: dict[Any, int] = {}
+
+    def occurrence(self, func: OpOverload) -> int:
+        """Counts a call and returns how many came before it in this frame."""
+        nth = self.counts.get(func, 0)
+        self.counts[func] = nth + 1
+        return nth
+
+
+class CallSites(Generic[D]):
+    """Context manager that keeps ``current`` at the innermost module call of a forward.
+
+    It hooks every module of the model on entry and unhooks it on exit, also when the body raises.
+    """
+
+    def __init__(self, model: nn.Module, decisions: Mapping[str, D]) -> None:
+        self._model = model
+        self._decisions = decisions
+        self._handles: list[RemovableHandle] = []
+        self._calls: dict[str, int] = {}
+        self.current: Frame[D] = Frame("", decisions.get(""))
+        self._stack: list[Frame[D]] = []
+
+    def __enter__(self) -> CallSites[D]:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Any], None]:
+        """The pre-hook of one module."""
+        name = name or "model"
+
+        def enter(module: nn.Module, args: Any) -> None:
+            nth = self._calls.get(name, 0)
+            self._calls[name] = nth + 1
+            frame = f"{name}#{nth}" if nth else name
+            self._stack.append(self.current)
+            self.current = Frame(frame, self._decisions.get(frame))
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook after a module's forward, also when it raised."""
+        if self._stack:
+            self.current = self._stack.pop()

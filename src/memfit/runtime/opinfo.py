@@ -1,0 +1,153 @@
+"""What memfit must know about an op before it may replay it, read off its schema once.
+
+Sources: ``torch/_ops.py`` (schemas, tags), ``aten/src/ATen/native/native_functions.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+# Bookkeeping that appears or not depending on hooks and fake tensors: it never counts as an op.
+_INVISIBLE = frozenset({"aten::detach", "aten::alias", "aten::lift_fresh"})
+
+# Ops that update running statistics, declared in the schema or (the first three) not: positions of the
+# statistics, and of the training flag (-1: always training). In training they are written and never
+# read, so a replay may write to a scratch copy instead.
+_STATISTICS: dict[str, tuple[tuple[int, ...], int]] = {
+    "aten::native_batch_norm": ((3, 4), 5),
+    "aten::cudnn_batch_norm": ((3, 4), 5),
+    "aten::miopen_batch_norm": ((3, 4), 5),
+    "aten::_native_batch_norm_legit": ((3, 4), 5),
+    "aten::_batch_norm_with_update": ((3, 4), -1),
+}
+
+# Forward ops whose CUDA kernels add with atomics: a second run may differ in the last bits.
+_ATOMIC_ON_CUDA = frozenset(
+    f"aten::{name}"
+    for name in (
+        "index_add", "index_put", "_index_put_impl_", "scatter_add", "scatter_reduce", "bincount", "histc",
+        "cumsum", "kthvalue", "median", "grid_sampler_2d", "index_reduce", "_embedding_bag",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """Facts of one op overload, the same for every call of it."""
+
+    name: str
+    is_invisible: bool
+    is_view: bool
+    written: tuple[int, ...]
+    written_names: tuple[str, ...]
+    is_random: bool
+    may_replay: bool
+    may_replay_on_cuda: bool
+
+
+@cache
+def op_info(func: OpOverload) -> OpInfo:
+    """Reads the facts of an op off its schema and tags."""
+    schema = func._schema
+    arguments = schema.arguments
+    written = tuple(
+        i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+    )
+    tags = set(func.tags)
+    dynamic = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+    may_replay = not dynamic and func.namespace not in {"c10d", "_c10d_functional", "inductor", "prim"}
+    return OpInfo(
+        name=schema.name,
+        is_invisible=schema.name in _INVISIBLE or func.namespace == "prim",
+        is_view=bool(func.is_view),
+        written=written,
+        written_names=tuple(arguments[i].name for i in written),
+        is_random=torch.Tag.nondeterministic_seeded in tags,
+        may_replay=may_replay,
+        may_replay_on_cuda=may_replay and schema.name not in _ATOMIC_ON_CUDA,
+    )
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results, which nest at most lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An op's arguments with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(item, change) for item in tree)
+    return tree
+
+
+def declared_writes(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors this call writes according to the schema, running statistics left out."""
+    statistics, _ = _STATISTICS.get(info.name, ((), -1))
+    found: list[Tensor] = []
+    for position, name in zip(info.written, info.written_names, strict=True):
+        if position not in statistics:
+            argument = args[position] if position < len(args) else kwargs.get(name)
+            found.extend(tensors_in(argument))
+    return found
+
+
+def written_statistics(info: OpInfo, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Positions of the running statistics this call updates, whether the schema says so or not."""
+    positions, _ = _STATISTICS.get(info.name, ((), -1))
+    return tuple(i for i in positions if isinstance(args[i], Tensor)) if mixes_rows(info, args) else ()
+
+
+def mixes_rows(info: OpInfo, args: tuple[Any, ...]) -> bool:
+    """Whether this call lets one row of the batch change the result of another (BatchNorm in training)."""
+    if info.name not in _STATISTICS:
+        return False
+    _, training = _STATISTICS[info.name]
+    return training < 0 or bool(args[training])
+
+
+def draws_random_numbers(info: OpInfo, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call consumes the generator: attention without dropout does not."""
+    if not info.is_random:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(value)
+    return True
+
+
+def has_own_generator(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller passed a generator, whose state memfit does not record."""
+    return kwargs.get("generator") is not None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is its strided storage and nothing else, so that a view of it can be made again."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and type(tensor) in _PLAIN_TYPES()
+    )
+
+
+@cache
+def _PLAIN_TYPES() -> frozenset[type]:
+    """Tensor types without behaviour of their own; fake ones stand for plain ones."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return frozenset({Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer})

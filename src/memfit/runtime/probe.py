@@ -1,0 +1,192 @@
+"""What one op costs: seconds, and bytes it allocates inside itself.
+
+On a CPU both are read off the profiler, whose memory events are the allocator's own account; on CUDA
+off events and ``torch.cuda`` statistics. A fake run has no clock: there a roofline estimates seconds
+(the slower of arithmetic and memory traffic, plus a launch), and temporaries are not seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry
+
+from memfit.runtime.opinfo import tensors_in
+
+
+class OpCost(NamedTuple):
+    """Seconds of an op and the highest bytes alive inside it above those at its start (None: unseen)."""
+
+    seconds: float
+    peak_bytes: int | None
+
+
+class Probe(Protocol):
+    """Runs ops one by one and afterwards says what each cost, in the order they ran."""
+
+    def __enter__(self) -> Probe: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op."""
+
+    def costs(self) -> list[OpCost]:
+        """One entry a call; valid after exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A device as three numbers. The default is a large accelerator in reduced precision."""
+
+    flops_per_s: float = 4e14
+    bytes_per_s: float = 2e12
+    launch_s: float = 4e-6
+
+    def seconds(self, flops: float, moved_bytes: float) -> float:
+        """Time of one op on this device."""
+        return self.launch_s + max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+
+
+class RooflineProbe:
+    """For fake tensors: seconds from operations and bytes."""
+
+    def __init__(self, device: Roofline) -> None:
+        self._device = device
+        self._costs: list[OpCost] = []
+
+    def __enter__(self) -> RooflineProbe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op on fakes and estimates it."""
+        out = func(*args, **kwargs)
+        moved = sum(t.numel() * t.element_size() for tree in (args, out) for t in tensors_in(tree))
+        formula = flop_registry.get(func.overloadpacket)
+        flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
+        self._costs.append(OpCost(self._device.seconds(flops, moved), None))
+        return out
+
+    def costs(self) -> list[OpCost]:
+        """The estimates so far."""
+        return self._costs
+
+
+class CpuProbe:
+    """Wall time of each op, and its inner peak from the profiler's allocation events."""
+
+    _RANGE = "memfit.op"
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self._peaks: list[int] = []
+
+    def __enter__(self) -> CpuProbe:
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._profiler.__exit__(kind, error, trace)
+        if error is None:
+            self._peaks = self._read_peaks()
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op inside a named range of the profile."""
+        with torch._C._profiler._RecordFunctionFast(f"{self._RANGE}.{len(self._seconds)}"):
+            start_s = time.perf_counter()
+            out = func(*args, **kwargs)
+            self._seconds.append(time.perf_counter() - start_s)
+        return out
+
+    def costs(self) -> list[OpCost]:
+        """Seconds and inner peak of each call."""
+        return [OpCost(s, p) for s, p in zip(self._seconds, self._peaks, strict=True)]
+
+    def _read_peaks(self) -> list[int]:
+        """The highest running sum of allocations within each named range."""
+        peaks = [0] * len(self._seconds)
+        assert self._profiler.profiler is not None
+        pending = list(self._profiler.profiler.kineto_results.experimental_event_tree())
+        while pending:
+            event = pending.pop()
+            if event.name.startswith(self._RANGE):
+                peaks[int(event.name.rsplit(".", 1)[1])] = _highest_sum(event)
+            else:
+                pending.extend(event.children)
+        return peaks
+
+
+class CudaProbe:
+    """Device time of each op from events, and its inner peak from the allocator's statistics."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._peaks: list[int] = []
+
+    def __enter__(self) -> CudaProbe:
+        torch.cuda.synchronize(self._device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op between two events."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before_bytes = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        start.record()
+        out = func(*args, **kwargs)
+        end.record()
+        self._marks.append((start, end))
+        self._peaks.append(torch.cuda.max_memory_allocated(self._device) - before_bytes)
+        return out
+
+    def costs(self) -> list[OpCost]:
+        """Seconds and inner peak of each call."""
+        return [
+            OpCost(start.elapsed_time(end) / 1e3, peak)
+            for (start, end), peak in zip(self._marks, self._peaks, strict=True)
+        ]
+
+
+def probe_for(device: torch.device) -> Callable[[], Probe]:
+    """The probe for real runs on a device."""
+    return CpuProbe if device.type == "cpu" else lambda: CudaProbe(device)
+
+
+def _highest_sum(event: Any) -> int:
+    """The highest running sum of the allocation events under a profiler event."""
+    found: list[tuple[int, int]] = []
+    pending = [event]
+    while pending:
+        node = pending.pop()
+        if node.tag.name == "Allocation" and node.extra_fields.device.type == "cpu":
+            found.append((node.start_time_ns, node.extra_fields.alloc_size))
+        pending.extend(node.children)
+    highest = running = 0
+    for _, size in sorted(found, key=lambda pair: pair[0]):
+        running += size
+        highest = max(highest, running)
+    return highest

@@ -1,0 +1,410 @@
+"""Records one micro-batch's forward and backward as a pure :class:`StepGraph`.
+
+Note [Recording]
+ 1. A dispatch mode sees every op below autograd; pack and unpack hooks see what autograd saves.
+ 2. A saved tensor is never kept alive: the hook hands autograd a copy (free on fake tensors). So a
+    storage dies in the recording when the *program* is done with it, and ``FREE`` says when.
+ 3. The identity of a tensor is its storage; a weak reference to it tells of its death and frees the
+    address for the next one.
+ 4. Autograd sums two gradients in place when it owns one of them, but not under a dispatch mode
+    (``torch/csrc/autograd/input_buffer.cpp`` refuses tensor subclasses). The recording is mended:
+    an ``add`` whose operand dies there reuses its storage.
+ 5. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
+from memfit.runtime.callsite import CallSites
+from memfit.runtime.opinfo import (
+    OpInfo,
+    declared_writes,
+    draws_random_numbers,
+    has_own_generator,
+    is_plain,
+    mixes_rows,
+    op_info,
+    tensors_in,
+)
+from memfit.runtime.probe import Probe
+
+_ADD = torch.ops.aten.add.Tensor
+CPU_SEED_BYTES = 5056  # torch.get_rng_state(): the Mersenne twister
+
+
+class Recording(NamedTuple):
+    """A graph and what each op looked like, which tells whose seconds may be averaged."""
+
+    graph: StepGraph
+    signatures: tuple[tuple[object, ...], ...]
+    peaks: tuple[int | None, ...]
+
+
+class _Saved:
+    """What autograd holds in place of a saved tensor; its end is the release."""
+
+    __slots__ = ("index", "log", "tensor", "whole")
+
+    def __init__(self, tensor: Tensor, whole: Tensor, index: int, log: list[LogEntry]) -> None:
+        self.tensor = tensor
+        self.whole = whole
+        self.index = index
+        self.log = log
+
+    def __del__(self) -> None:
+        self.log.append(LogEntry(LogKind.RELEASE, self.index))
+
+
+class Recorder(TorchDispatchMode):
+    """The dispatch mode that writes the log. See Note [Recording]."""
+
+    def __init__(self, sites: CallSites[None], probe: Probe, *, hold_saved: bool) -> None:
+        super().__init__()
+        self._sites = sites
+        self._probe = probe
+        self._hold_saved = hold_saved
+        self._paused = False
+        self.is_forward = True
+        self.owner = ""
+        self.ops: list[Op] = []
+        self.storages: list[Storage] = []
+        self.values: list[Value] = []
+        self.saves: list[Save] = []
+        self.log: list[LogEntry] = []
+        self.signatures: list[tuple[object, ...]] = []
+        self.coupled: list[str] = []
+        self.save_frames: list[str] = []
+        self.backward_counts: dict[tuple[str, str], int] = {}
+        self._alive: dict[int, int] = {}
+        self._watchers: dict[int, weakref.ref[Any]] = {}
+        self._current: dict[int, int] = {}
+        self._copies: weakref.WeakValueDictionary[tuple[int, torch.dtype], Tensor] = (
+            weakref.WeakValueDictionary()
+        )
+
+    # ---- ops -------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an op and notes what it read, made, overwrote and cost."""
+        kwargs = kwargs or {}
+        info = op_info(func)
+        if self._paused or info.is_invisible or info.is_view:
+            return func(*args, **kwargs)
+        key = self._key(func)
+        self.adopt_external(t for t in tensors_in([*args, *kwargs.values()]) if _address(t) not in self._alive)
+        inputs = self._inputs(args, kwargs)
+        written = declared_writes(info, args, kwargs)
+        out = self._probe.call(func, args, kwargs)
+        self._note(func, info, key, inputs, written, out, args, kwargs)
+        return out
+
+    def _key(self, func: OpOverload) -> OpKey:
+        """The call site of the op about to run; backward ops belong to the frame of what they unpacked."""
+        if self.is_forward:
+            frame = self._sites.current
+            return OpKey(frame.name, str(func), frame.occurrence(func))
+        node = torch._C._current_autograd_node()
+        name = f"{func} of {node.name()}" if node is not None else str(func)
+        nth = self.backward_counts.get((self.owner, name), 0)
+        self.backward_counts[self.owner, name] = nth + 1
+        return OpKey(self.owner, name, nth)
+
+    def _note(
+        self,
+        func: OpOverload,
+        info: OpInfo,
+        key: OpKey,
+        inputs: tuple[int, ...],
+        written: list[Tensor],
+        out: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Appends the op with its new storages and values."""
+        op = len(self.ops)
+        self.log.append(LogEntry(LogKind.OP, op))
+        external = any(_address(t) not in self._alive for t in written)
+        overwrites, outputs, allocates = self._results(op, written, out)
+        plain = all(is_plain(t) for tree in (args, list(kwargs.values()), out) for t in tensors_in(tree))
+        random = draws_random_numbers(info, func, args, kwargs)
+        device = next((t.device.type for t in tensors_in(out)), "cpu")
+        may_replay = info.may_replay if device == "cpu" else info.may_replay_on_cuda
+        if self.is_forward and mixes_rows(info, args):
+            self.coupled.append(str(key))
+        self.ops.append(
+            Op(
+                key=key,
+                inputs=inputs,
+                outputs=outputs,
+                overwrites=overwrites,
+                allocates=allocates,
+                seed_bytes=CPU_SEED_BYTES if random and device == "cpu" else 0,
+                is_random=random,
+                is_replayable=self.is_forward
+                and may_replay
+                and plain
+                and not external
+                and bool(outputs)
+                and not has_own_generator(kwargs),
+            )
+        )
+        self.signatures.append((str(func), *_shapes(args), *_shapes(kwargs.values())))
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """The values an op reads that the step itself made, each once."""
+        seen: dict[int, None] = {}
+        for tensor in tensors_in([*args, *kwargs.values()]):
+            storage = self._alive.get(_address(tensor), -1)
+            if storage in self._current:
+                seen[self._current[storage]] = None
+        return tuple(seen) if self.is_forward else ()
+
+    def _results(
+        self, op: int, written: list[Tensor], out: Any
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """New versions of what was written, and values in storages that did not exist before."""
+        overwrites: list[int] = []
+        outputs: list[int] = []
+        allocates: list[int] = []
+        for number, tensor in enumerate(written):
+            storage = self._alive.get(_address(tensor), -1)
+            if storage in self._current and self.is_forward:
+                old = self._current[storage]
+                overwrites.append(old)
+                self.values[old] = replace(self.values[old], is_overwritten=True)
+                outputs.append(self._new_value(storage, op, number))
+        for number, tensor in enumerate(tensors_in(out), start=len(written)):
+            if _address(tensor) not in self._alive and _has_storage(tensor):
+                storage = self._watch(tensor)
+                allocates.append(storage)
+                if self.is_forward:
+                    outputs.append(self._new_value(storage, op, number))
+        return tuple(overwrites), tuple(outputs), tuple(allocates)
+
+    def _new_value(self, storage: int, op: int, number: int) -> int:
+        """A new version of a storage becomes its current one."""
+        self.values.append(Value(storage, op, number))
+        self._current[storage] = len(self.values) - 1
+        return len(self.values) - 1
+
+    def _watch(self, tensor: Tensor) -> int:
+        """Gives a new storage a number and notes its death."""
+        index = len(self.storages)
+        self.storages.append(Storage(tensor.untyped_storage().nbytes()))
+        self._remember(tensor, index)
+        return index
+
+    def adopt_external(self, tensors: Iterable[Tensor]) -> None:
+        """Marks storages the step did not make, so that they are never taken for new ones."""
+        for tensor in tensors:
+            if _has_storage(tensor):
+                self._remember(tensor, _EXTERNAL)
+
+    def _remember(self, tensor: Tensor, index: int) -> None:
+        """Maps the address of a storage to its number until the storage dies."""
+        block = tensor.untyped_storage()
+        address = block._cdata
+        self._alive[address] = index
+
+        def died(reference: weakref.ref[Any]) -> None:
+            if index != _EXTERNAL:
+                self.log.append(LogEntry(LogKind.FREE, index))
+            del self._alive[address], self._watchers[address]
+            self._current.pop(index, None)
+
+        self._watchers[address] = weakref.ref(block, died)
+
+    # ---- saves -----------------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Notes a save and hands autograd a copy of it."""
+        storage = self._alive.get(_address(tensor), -1)
+        if storage not in self._current or self._paused:
+            return tensor
+        index = len(self.saves)
+        self.saves.append(Save(self._current[storage]))
+        self.save_frames.append(self._sites.current.name)
+        self.log.append(LogEntry(LogKind.PACK, index))
+        whole = tensor if self._hold_saved else self._copy(tensor, self._current[storage])
+        view = tensor if self._hold_saved else _view_of(whole, tensor)
+        return _Saved(view, whole, index, self.log)
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Notes that the backward wants a saved tensor."""
+        if isinstance(packed, Tensor):
+            return packed
+        self.log.append(LogEntry(LogKind.UNPACK, packed.index))
+        self.owner = self.save_frames[packed.index]
+        tensor: Tensor = packed.tensor
+        return tensor
+
+    def _copy(self, tensor: Tensor, value: int) -> Tensor:
+        """A private copy of a tensor's whole storage, shared by the saves of one value."""
+        whole = self._copies.get((value, tensor.dtype))
+        if whole is None:
+            with _passing_through(self), torch.no_grad():
+                items = tensor.untyped_storage().nbytes() // tensor.element_size()
+                whole = tensor.as_strided((items,), (1,), 0).clone()
+            self._copies[value, tensor.dtype] = whole
+        return whole
+
+
+@contextmanager
+def _passing_through(recorder: Recorder) -> Iterator[None]:
+    """Ops in the body belong to the recorder, not to the step."""
+    recorder._paused = True
+    try:
+        yield
+    finally:
+        recorder._paused = False
+
+
+def record(
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    externals: Iterable[Tensor],
+    probe: Probe,
+    *,
+    rows: int,
+    gradients_resident: bool,
+    hold_saved: bool = False,
+) -> Recording:
+    """Runs forward and backward once and returns what happened.
+
+    Args:
+        forward: Computes the scalar loss of one micro-batch, in a graph.
+        externals: Every tensor that is alive before the step: parameters, buffers, the batch.
+        probe: Runs each op and measures it.
+        gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
+        hold_saved: Keep saved tensors as a plain step does, see Note 5.
+    """
+    with CallSites[None](model, {}) as sites, _no_collection():
+        recorder = Recorder(sites, probe, hold_saved=hold_saved)
+        recorder.adopt_external(externals)
+        with probe:
+            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
+                loss = forward()
+            forward_ops = len(recorder.ops)
+            recorder.is_forward = False
+            with recorder:
+                loss.backward()
+            del loss
+    return _finish(recorder, probe, rows, forward_ops, gradients_resident)
+
+
+def _finish(
+    recorder: Recorder, probe: Probe, rows: int, forward_ops: int, gradients_resident: bool
+) -> Recording:
+    """Joins the log with the costs into a graph."""
+    costs = probe.costs()
+    ops = [replace(op, seconds=cost.seconds) for op, cost in zip(recorder.ops, costs, strict=True)]
+    freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
+    storages = [replace(s, persists=i not in freed) for i, s in enumerate(recorder.storages)]
+    graph = StepGraph(
+        rows=rows,
+        forward_ops=forward_ops,
+        gradients_resident=gradients_resident,
+        ops=tuple(ops),
+        storages=tuple(storages),
+        values=tuple(recorder.values),
+        saves=tuple(recorder.saves),
+        log=tuple(recorder.log),
+        coupled=tuple(dict.fromkeys(recorder.coupled)),
+    )
+    return Recording(sum_in_place(graph), tuple(recorder.signatures), tuple(c.peak_bytes for c in costs))
+
+
+def sum_in_place(graph: StepGraph) -> StepGraph:
+    """Lets the engine's sums of two gradients reuse a dying operand. See Note [Recording] 4."""
+    ops, log = list(graph.ops), list(graph.log)
+    same: dict[int, int] = {}
+    for position, (kind, index) in enumerate(graph.log):
+        if kind != LogKind.OP or index < graph.forward_ops or not graph.ops[index].key.op.startswith(str(_ADD)):
+            continue
+        dying = _freed_right_after(graph, position, graph.ops[index].allocates)
+        if dying is not None:
+            (made,) = graph.ops[index].allocates
+            ops[index] = replace(graph.ops[index], allocates=())
+            log[dying] = _NOTHING
+            same[made] = same.get(graph.log[dying].index, graph.log[dying].index)
+    moved = (
+        LogEntry(kind, same.get(index, index)) if kind == LogKind.FREE else LogEntry(kind, index)
+        for kind, index in log
+        if (kind, index) != _NOTHING
+    )
+    storages = list(graph.storages)
+    for made, operand in same.items():
+        storages[operand] = replace(storages[operand], persists=graph.storages[made].persists)
+        storages[made] = replace(storages[made], persists=False)
+    return replace(graph, ops=tuple(ops), log=tuple(moved), storages=tuple(storages))
+
+
+def _freed_right_after(graph: StepGraph, position: int, allocates: tuple[int, ...]) -> int | None:
+    """The log position at which a storage as large as the op's only output dies before the next op."""
+    if len(allocates) != 1:
+        return None
+    size_bytes = graph.storages[allocates[0]].size_bytes
+    for later in range(position + 1, len(graph.log)):
+        kind, index = graph.log[later]
+        if kind == LogKind.OP:
+            return None
+        if kind == LogKind.FREE and index != allocates[0] and graph.storages[index].size_bytes == size_bytes:
+            return later
+    return None
+
+
+_NOTHING = LogEntry(-1, -1)
+_EXTERNAL = -1
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from choosing when a storage dies."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has bytes of its own that can be watched."""
+    return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _address(tensor: Tensor) -> int:
+    """The identity of a tensor's storage while it lives; 0 where there is none."""
+    return int(tensor.untyped_storage()._cdata) if _has_storage(tensor) else 0
+
+
+def _view_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The same window into a copy of the storage."""
+    return whole.as_strided(like.shape, like.stride(), like.storage_offset())
+
+
+def _shapes(arguments: Iterable[Any]) -> tuple[object, ...]:
+    """What decides an op's cost: shapes, strides and types of tensors, other arguments as they are."""
+    return tuple(
+        (tuple(t.shape), t.stride(), t.dtype)
+        if isinstance(t, Tensor)
+        else tuple((tuple(x.shape), x.dtype) for x in tensors_in(t))
+        if isinstance(t, (list, tuple)) and any(True for _ in tensors_in(t))
+        else repr(t)
+        for t in arguments
+    )

@@ -1,0 +1,427 @@
+"""Carries out a plan: keeps what it says, and computes the rest again when the backward asks.
+
+Note [Replay]
+ 1. During the forward a dispatch mode sees every op below autograd. An op the plan does not name costs
+    one Python call. A named op runs as usual and leaves a *record*: the op, and where its arguments
+    come from. Its dropped outputs get *handles*; nothing holds their memory.
+ 2. An argument that is itself dropped is referred to by its handle; any other is held, so whatever the
+    plan forgot costs memory, never correctness.
+ 3. Packing a tensor that lives in a dropped value returns a reference to the handle. Unpacking runs the
+    missing records, in forward order, once. A handle keeps what was replayed until its last reference
+    dies: the save's (autograd frees it) or that of a record not yet replayed. Reference counting is the
+    whole memory management; ``core/timeline.py`` predicts it by the same rules.
+ 4. A write in place begins a new version of its storage. A handle belongs to the old one. A replayed
+    write takes the old version over if it is the only reader, else it works on a copy. If something
+    held as an argument is about to be overwritten, the record gets a copy first.
+ 5. Replays run below autograd and autocast, as the recorded ops did, and under the generator state at
+    which the op first ran; the stream is put back afterwards.
+ 6. Running statistics that BatchNorm writes are replaced by scratch copies in a replay.
+ 7. Autograd checks that saved tensors were not modified, but not behind hooks: memfit checks instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from memfit.core.graph import ValueKey
+from memfit.runtime.callsite import CallSites
+from memfit.runtime.opinfo import (
+    declared_writes,
+    draws_random_numbers,
+    has_own_generator,
+    is_plain,
+    map_tensors,
+    op_info,
+    tensors_in,
+    written_statistics,
+)
+
+# frame -> op -> occurrence -> numbers of the outputs to drop
+Decisions = Mapping[str, Mapping[OpOverload, Mapping[int, frozenset[int]]]]
+
+
+class Handle:
+    """One version of a storage that is, or can be, computed again.
+
+    ``tensor`` is any tensor over the whole storage, once there is one. ``source`` is set for a leaf
+    from outside the step, whose version tells whether it was changed since.
+    """
+
+    __slots__ = ("__weakref__", "is_overwritten", "is_packed", "readers", "record", "source", "tensor", "version")
+
+    def __init__(self, record: Record | None, tensor: Tensor | None = None) -> None:
+        self.record = record
+        self.tensor = tensor
+        self.readers = 0
+        self.is_packed = False
+        self.is_overwritten = False
+        self.source: Tensor | None = None
+        self.version = 0
+
+
+class Window:
+    """A tensor as a window onto a handle: what autograd or a record holds in its place."""
+
+    __slots__ = ("dtype", "handle", "offset", "size", "stride")
+
+    def __init__(self, handle: Handle, tensor: Tensor) -> None:
+        self.handle = handle
+        self.size = tensor.size()
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.dtype = tensor.dtype
+
+    def open(self) -> Tensor:
+        """The tensor, over memory that must be there already."""
+        whole = self.handle.tensor
+        assert whole is not None
+        if whole.dtype is self.dtype:
+            return whole.as_strided(self.size, self.stride, self.offset)
+        empty = torch.empty(0, dtype=self.dtype, device=whole.device)
+        return empty.set_(whole.untyped_storage(), self.offset, self.size, self.stride)
+
+
+class Record:
+    """One op to run again. ``arguments`` hold windows in place of tensors."""
+
+    __slots__ = ("arguments", "func", "keywords", "order", "outputs", "seed", "statistics", "writes")
+
+    def __init__(self, order: int, func: OpOverload) -> None:
+        self.order = order
+        self.func = func
+        self.arguments: list[Any] = []
+        self.keywords: dict[str, Any] = {}
+        self.outputs: list[tuple[int, weakref.ref[Handle]]] = []
+        self.writes: list[Handle] = []
+        self.statistics: tuple[int, ...] = ()
+        self.seed: tuple[torch.device, Tensor] | None = None
+
+    def handles(self) -> Iterator[Handle]:
+        """The handles its arguments refer to, some maybe twice."""
+        pending = [*self.arguments, *self.keywords.values()]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, Window):
+                yield item.handle
+            elif isinstance(item, (list, tuple)):
+                pending.extend(item)
+
+    def run(self) -> None:
+        """Runs the op and hands its results to the handles that still live, then lets go of its arguments."""
+        for handle in self.writes:
+            if handle.readers > 1 or handle.is_packed:
+                _replace_in(self, handle)
+        args, kwargs = _opened(self.arguments), {k: _opened(v) for k, v in self.keywords.items()}
+        for position in self.statistics:
+            args[position] = args[position].clone()
+        with _generator_at(self.seed):
+            out = self.func(*args, **kwargs)
+        results = [*declared_writes(op_info(self.func), tuple(args), kwargs), *tensors_in(out)]
+        for number, reference in self.outputs:
+            handle_or_none = reference()
+            if handle_or_none is not None:
+                handle_or_none.tensor, handle_or_none.record = results[number], None
+        for handle in set(self.handles()):
+            handle.readers -= 1
+        self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
+
+
+class Replayer(TorchDispatchMode):
+    """The forward of one micro-batch under a plan; use as a context manager around the forward only."""
+
+    def __init__(self, model: nn.Module, decisions: Decisions) -> None:
+        super().__init__()
+        self._model = model
+        self._sites: CallSites[Mapping[OpOverload, Mapping[int, frozenset[int]]]] = CallSites(model, decisions)
+        self._dropped: dict[int, tuple[Handle, StorageWeakRef]] = {}
+        self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
+        self._writes: dict[OpOverload, bool] = {}
+        self._order = 0
+        self._lock = threading.RLock()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Replayer:
+        self._stack.enter_context(self._sites)
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._stack.close()
+        self._dropped.clear()
+        self._held.clear()
+
+    # ---- forward ------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The hot path: an op outside the plan costs two look-ups and the call."""
+        frame = self._sites.current
+        decisions = frame.decisions
+        if decisions is not None:
+            planned = decisions.get(func)
+            if planned is not None:
+                dropped = planned.get(frame.occurrence(func))
+                if dropped is not None:
+                    return self._run_recorded(func, args, kwargs or {}, dropped)
+        writes = self._writes.get(func)
+        if writes is None:
+            writes = self._writes[func] = bool(op_info(func).written)
+        if writes:
+            for tensor in declared_writes(op_info(func), args, kwargs or {}):
+                self._begin_version(tensor)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _run_recorded(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: frozenset[int]
+    ) -> Any:
+        """Runs an op the plan names and leaves a record, unless that would not be safe here."""
+        info = op_info(func)
+        written = declared_writes(info, args, kwargs)
+        if has_own_generator(kwargs) or not self._can_record(args, kwargs, written):
+            for tensor in written:
+                self._begin_version(tensor)
+            return func(*args, **kwargs)
+        record = Record(self._order, func)
+        self._order += 1
+        record.statistics = written_statistics(info, args)
+        record.arguments = [
+            _Raw(argument) if i in record.statistics else map_tensors(argument, self._window)
+            for i, argument in enumerate(args)
+        ]
+        record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
+        record.writes = [self._dropped[_address(tensor)][0] for tensor in written]
+        for handle in set(record.handles()):
+            handle.readers += 1
+        if draws_random_numbers(info, func, args, kwargs):
+            record.seed = _generator_state(_device_of(args, kwargs))
+        for tensor in written:
+            self._begin_version(tensor)
+        out = func(*args, **kwargs)
+        self._make_handles(record, [*written, *tensors_in(out)], dropped)
+        return out
+
+    def _can_record(self, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]) -> bool:
+        """Whether a replay could reach every argument as it is now."""
+        plain = all(is_plain(t) for t in tensors_in([*args, *kwargs.values()]))
+        return plain and all(_address(t) in self._dropped for t in written)
+
+    def _make_handles(self, record: Record, results: list[Tensor], dropped: frozenset[int]) -> None:
+        """Gives the dropped outputs handles that know how to make them again."""
+        for number in dropped:
+            if number < len(results) and is_plain(results[number]):
+                handle = Handle(record)
+                record.outputs.append((number, weakref.ref(handle)))
+                block = results[number].untyped_storage()
+                self._dropped[block._cdata] = (handle, StorageWeakRef(block))
+
+    def _window(self, tensor: Tensor) -> Window:
+        """A window onto the handle of a tensor; one that is not dropped is held from now on."""
+        block = tensor.untyped_storage()
+        address = block._cdata
+        if address in self._dropped:
+            return Window(self._dropped[address][0], tensor)
+        held = self._held.get(address)
+        handle = held[0]() if held is not None else None
+        if handle is None:
+            leaf = tensor.grad_fn is None
+            # A tensor with a graph would keep the nodes behind it; its memory is all that is needed.
+            handle = Handle(None, tensor if leaf else tensor.detach())
+            if leaf:
+                handle.source, handle.version = tensor, tensor._version
+            self._held[address] = (weakref.ref(handle), StorageWeakRef(block))
+        return Window(handle, tensor)
+
+    def _begin_version(self, tensor: Tensor) -> None:
+        """A write is about to happen: handles of the old version must not see it. See Note 4."""
+        if tensor.layout is not torch.strided:
+            return
+        address = _address(tensor)
+        dropped = self._dropped.pop(address, None)
+        if dropped is not None:
+            dropped[0].is_overwritten = dropped[0].is_packed
+        held = self._held.pop(address, None)
+        handle = held[0]() if held is not None else None
+        if handle is not None and handle.tensor is not None:
+            handle.tensor, handle.source = _copy_of_storage(handle.tensor), None
+
+    # ---- saves --------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: Tensor) -> Any:
+        """What autograd holds: a window onto a dropped value, else the tensor and its version."""
+        if tensor.layout is torch.strided:
+            found = self._dropped.get(tensor.untyped_storage()._cdata)
+            if found is not None and is_plain(tensor):
+                found[0].is_packed = True
+                return Window(found[0], tensor)
+        return tensor, tensor._version
+
+    def _unpack(self, packed: Any) -> Tensor:
+        """The saved tensor, computed again if it was dropped."""
+        if type(packed) is tuple:
+            tensor: Tensor = packed[0]
+            if tensor._version != packed[1]:
+                raise RuntimeError(_modified("a tensor that autograd saved"))
+            return tensor
+        if packed.handle.is_overwritten:
+            raise RuntimeError(_modified("a tensor that autograd saved"))
+        with self._lock:
+            if packed.handle.tensor is None:
+                self._replay(packed.handle)
+            opened: Tensor = packed.open()
+            return opened
+
+    def _replay(self, handle: Handle) -> None:
+        """Runs the records a handle is missing, in forward order."""
+        missing = _missing_records(handle)
+        self._check_sources(missing)
+        with ExitStack() as stack:
+            if torch._C._len_torch_dispatch_stack():
+                stack.enter_context(_disable_current_modes())
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            stack.enter_context(torch._C._DisableAutocast())
+            while missing:
+                missing.pop().run()
+
+    def _check_sources(self, records: Iterable[Record]) -> None:
+        """Refuses to compute from a leaf that was changed since the forward."""
+        for record in records:
+            for handle in record.handles():
+                if handle.source is not None and handle.source._version != handle.version:
+                    raise RuntimeError(_modified(self._name_of(handle.source)))
+
+    def _name_of(self, leaf: Tensor) -> str:
+        """What a leaf is called in the model."""
+        address = _address(leaf)
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return next((f"'{name}'" for name, t in named if _address(t) == address), "an input of the step")
+
+
+class _Raw:
+    """A tensor passed to the replay as it is then: running statistics, whose value is not read."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def decisions_of(recomputed: Iterable[ValueKey]) -> Decisions:
+    """A plan's values to recompute, arranged for the hot path."""
+    found: dict[str, dict[OpOverload, dict[int, frozenset[int]]]] = {}
+    for frame, op, nth, output in recomputed:
+        namespace, name, overload = op.split(".")
+        func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        numbers = found.setdefault(frame, {}).setdefault(func, {})
+        numbers[nth] = numbers.get(nth, frozenset()) | {output}
+    return found
+
+
+def _missing_records(handle: Handle) -> list[Record]:
+    """The records a handle depends on that have not run, the last of the forward first."""
+    found: dict[int, Record] = {}
+    stack = [handle]
+    while stack:
+        record = stack.pop().record
+        if record is not None and record.order not in found:
+            found[record.order] = record
+            stack.extend(h for h in record.handles() if h.tensor is None)
+    return [found[order] for order in sorted(found, reverse=True)]
+
+
+def _opened(item: Any) -> Any:
+    """Arguments with tensors in place of windows."""
+    if isinstance(item, Window):
+        return item.open()
+    if isinstance(item, _Raw):
+        return item.tensor
+    if isinstance(item, (list, tuple)):
+        return type(item)(_opened(part) for part in item)
+    return item
+
+
+def _replace_in(record: Record, old: Handle) -> None:
+    """Lets a record write to a private copy of a version that others still read."""
+    assert old.tensor is not None
+    copy = Handle(None, _copy_of_storage(old.tensor))
+    copy.readers = 1
+    old.readers -= 1
+    pending: list[Any] = [*record.arguments, *record.keywords.values()]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Window) and item.handle is old:
+            item.handle = copy
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+
+
+def _copy_of_storage(tensor: Tensor) -> Tensor:
+    """A tensor over a copy of the whole storage, same geometry."""
+    items = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.as_strided((items,), (1,), 0).clone().as_strided(
+        tensor.size(), tensor.stride(), tensor.storage_offset()
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    """The identity of a storage while something watches it."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device whose generator an op uses."""
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    return next((t.device for t in tensors_in([*args, *kwargs.values()])), torch.device("cpu"))
+
+
+def _generator_state(device: torch.device) -> tuple[torch.device, Tensor]:
+    """The state of a device's default generator."""
+    state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    return device, state
+
+
+@contextmanager
+def _generator_at(seed: tuple[torch.device, Tensor] | None) -> Iterator[None]:
+    """Runs the body at a recorded generator state and puts the stream back."""
+    if seed is None:
+        yield
+        return
+    device, state = seed
+    _, now = _generator_state(device)
+    _set_generator(device, state)
+    try:
+        yield
+    finally:
+        _set_generator(device, now)
+
+
+def _set_generator(device: torch.device, state: Tensor) -> None:
+    """Sets the state of a device's default generator."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
+
+
+def _modified(what: str) -> str:
+    """The message for memory that changed between forward and backward."""
+    return (
+        f"{what} was modified by an inplace operation between the forward and the backward of the step, so "
+        "the gradient would be wrong. Write to it after step() has returned, or out of place."
+    )
