@@ -278,13 +278,23 @@ class _Walk:
             elif producer in self.pending and not any(
                 self.wanted[v] for v in self.graph.ops[producer].outputs
             ):
-                self.pending.discard(producer)
-                self.activations -= self.graph.ops[producer].seed_bytes
-                for needed in self.graph.ops[producer].inputs:
-                    if needed in self.dropped:
-                        stack.append(needed)
-                    else:
-                        self._release(self.graph.values[needed].storage)
+                stack.extend(self._abandon(producer))
+
+    def _abandon(self, op: int) -> list[int]:
+        """A record nobody needs is gone; returns the dropped values it wanted."""
+        self.pending.discard(op)
+        self.activations -= self.graph.ops[op].seed_bytes
+        for value in self.graph.ops[op].inputs:
+            if value not in self.dropped:
+                self._release(self.graph.values[value].storage)
+        return [value for value in self.graph.ops[op].inputs if value in self.dropped]
+
+    def end_forward(self) -> None:
+        """The forward kept every record; now those of which nobody wants an output go."""
+        for op in sorted(self.pending, reverse=True):
+            if op in self.pending and not any(self.wanted[v] for v in self.graph.ops[op].outputs):
+                for value in self._abandon(op):
+                    self._unwant(value)
 
 
 def run(graph: StepGraph, dropped: Iterable[int] = (), *, alignment_bytes: int = 1) -> Run:
@@ -301,6 +311,8 @@ def run(graph: StepGraph, dropped: Iterable[int] = (), *, alignment_bytes: int =
         LogKind.FREE: walk.free,
     }
     for kind, index in graph.log:
+        if kind == LogKind.OP and index == graph.forward_ops:
+            walk.end_forward()
         act[LogKind(kind)](index)
     return Run(walk.moments, walk.replayed_ops)
 

@@ -1,0 +1,551 @@
+"""The training run behind ``memfit train``: one folder, resumable at any moment, bit for bit.
+
+Says what happens to a ``Watcher`` and never prints. A run folder holds::
+
+    run.json      the options the run was started with, the versions, and the result once there is one
+    plan.json     the plan in use (not in a plain run)
+    losses.jsonl  one line for each step: {"step", "loss", "seconds"}; the loss is exact
+    latest, step-*  the checkpoints of ``memfit.runtime.state``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+import memfit
+from memfit.api import Plan, Step, fit
+from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
+from memfit.runtime.state import (
+    BadCheckpoint,
+    Position,
+    latest_checkpoint,
+    load_checkpoint,
+    replace_text,
+    save_checkpoint,
+)
+from memfit.units import format_bytes, parse_memory
+from memfit.workload import Workload, load_target
+
+FORMAT = "memfit-run"
+# Words that torch, oneDNN and the C++ library use when memory ends.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
+_METERED_STEP = 2  # the first step in which optimizer state exists from the start
+# A change of these would change the losses, so a resumed run must repeat them.
+_FIXED = ("target", "batch_size", "seed", "plain", "device")
+
+
+class RanOutOfMemory(RuntimeError):
+    """The machine, the device or the hard cap had no more memory for the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What ``memfit train`` was asked for.
+
+    Attributes:
+        memory: The budget; ``None`` for what is free on a CUDA device.
+        batch_size: Rows of the effective batch; ``None`` for the workload's default.
+        steps: Steps in all, those before a resume included.
+        hard_cap_bytes: Bytes that may be added to this process after torch is loaded; ``None`` for no cap.
+        save_every: Steps between checkpoints.
+        plain: Run the ordinary step on the whole batch, without memfit.
+    """
+
+    target: str
+    memory: str | None
+    steps: int
+    out: Path
+    batch_size: int | None = None
+    seed: int = 0
+    resume: bool = False
+    micro_batch_size: int | None = None
+    plain: bool = False
+    hard_cap_bytes: int | None = None
+    save_every: int = 10
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, and {value} is not.")
+        if self.plain and (self.memory is not None or self.micro_batch_size is not None):
+            raise ValueError(
+                "A plain run takes the whole batch at once and has no plan: leave out --memory and "
+                "--micro-batch-size, or leave out --plain."
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the options as JSON data."""
+        return {**asdict(self), "out": None, "resume": None}
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step done: its number from 1, its loss, and what it took."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    amount: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        measured_peak_bytes: The allocator's account of the metered steps; ``None`` if none was metered.
+        median_step_s: Median over the steps of this process that were not metered; ``None`` without any.
+        held: Whether the measured peak is within prediction and budget; ``None`` in a plain run.
+    """
+
+    steps_done: int
+    first_loss: float
+    last_loss: float
+    measured_peak_bytes: int | None
+    median_step_s: float | None
+    plan: Plan | None
+    held: bool | None
+    interrupted: bool
+    out: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the result as JSON data, the plan by its main figures."""
+        plan = self.plan
+        figures = {} if plan is None else _plan_figures(plan)
+        own = ("steps_done", "first_loss", "last_loss", "measured_peak_bytes", "median_step_s", "held")
+        return {**{name: getattr(self, name) for name in own}, "interrupted": self.interrupted, **figures}
+
+
+class Watcher(Protocol):
+    """Whoever shows a run while it goes on."""
+
+    def said(self, text: str) -> None:
+        """Takes one line about what is being done."""
+
+    def planned(self, plan: Plan) -> None:
+        """Takes the plan, at the start and whenever it changes."""
+
+    def stepped(self, report: StepReport) -> None:
+        """Takes one step done."""
+
+
+@dataclass(slots=True)
+class _Stop:
+    """Whether somebody asked the run to stop."""
+
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run that is ready for its next step."""
+
+    options: TrainOptions
+    workload: Workload
+    step: Step | None
+    position: Position
+    batches: Iterator[Any]
+    earlier: tuple[float, ...]
+
+
+def train(options: TrainOptions, watch: Watcher) -> RunResult:
+    """Trains until ``options.steps`` steps are done, or until it is interrupted; saves as it goes.
+
+    Raises:
+        ValueError: The folder, the target or an option is wrong.
+        InfeasibleBudget: No plan fits the memory.
+        RanOutOfMemory: A step found no memory; what was saved stays.
+        OSError: The disk is full or cannot be written.
+    """
+    pinned = _open_folder(options)
+    if options.hard_cap_bytes is not None:
+        _cap(options.hard_cap_bytes)
+        watch.said(f"hard cap: {format_bytes(options.hard_cap_bytes)} above what Python and torch hold")
+    with _out_of_memory_named(options):
+        run = _prepare(options, pinned, watch)
+        result = _go(run, watch)
+    _write_run(options, result)
+    return result
+
+
+def _open_folder(options: TrainOptions) -> int | None:
+    """Checks or creates the run's folder; returns the micro-batch size an earlier part of the run used."""
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file. Give a folder.")
+    if options.resume:
+        return _check_resumable(options)
+    if (out / "run.json").exists():
+        raise ValueError(f"--out {out} already holds a run. Add --resume to go on with it, or give another.")
+    strangers = [path.name for path in out.glob("*") if path.suffix != ".tmp"] if out.exists() else []
+    if strangers:
+        raise ValueError(f"--out {out} is not empty ({strangers[0]}...) and holds no run. Give a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_run(options, None)
+    return options.micro_batch_size
+
+
+def _check_resumable(options: TrainOptions) -> int | None:
+    """Refuses to resume what is no run or another run; returns the micro-batch size to keep."""
+    path = options.out / "run.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--out {options.out} holds no run to resume. Leave out --resume to start.") from None
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
+    started, now = content["options"], options.as_json()
+    for name in _FIXED:
+        if started.get(name) != now[name]:
+            raise ValueError(
+                f"The run in {options.out} was started with {name} = {started.get(name)!r}, not {now[name]!r}: "
+                f"another value would change its losses. Repeat it, or start anew in another --out."
+            )
+    return _plan_of(options.out) or options.micro_batch_size
+
+
+def _plan_of(out: Path) -> int | None:
+    """Returns the micro-batch size of the stored plan, ``None`` if the run was stopped before it had one."""
+    path = out / "plan.json"
+    if not path.exists():
+        return None
+    try:
+        return Plan.from_json(path.read_text("utf-8")).micro_batch_size
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
+
+
+def _cap(extra_bytes: int) -> None:
+    """Caps this process; the worker threads start before, because their stacks count too."""
+    warm = torch.ones(512, 512)
+    _ = warm @ warm
+    set_hard_cap(extra_bytes)
+
+
+def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
+    """Builds the workload, loads the last checkpoint if resuming, and plans."""
+    torch.manual_seed(options.seed)
+    watch.said(f"building {options.target}")
+    workload = load_target(
+        options.target, batch_size=options.batch_size, seed=options.seed, device=options.device
+    )
+    position, drawn = Position(0), None
+    checkpoint = latest_checkpoint(options.out) if options.resume else None
+    if checkpoint is not None:
+        position, drawn = load_checkpoint(checkpoint, workload.model, workload.optimizer)
+        watch.said(f"resuming after step {position.step}")
+    earlier = _cut_losses(options.out, position.step) if options.resume else ()
+    workload.model.train()
+    step = None
+    if not options.plain and position.step < options.steps:
+        micro = position.micro_batch_size or pinned
+        step = _fit(workload, options, replace(position, micro_batch_size=micro), watch)
+    # The training itself starts from the seed, whatever building and planning drew.
+    torch.manual_seed(options.seed)
+    if drawn is not None:
+        drawn.restore()
+    return _Run(options, workload, step, position, workload.batches_from(position.step), earlier)
+
+
+def _fit(workload: Workload, options: TrainOptions, position: Position, watch: Watcher) -> Step:
+    """Returns the planned step, and stores its plan before anything depends on it."""
+    watch.said("recording one step and planning")
+    step = fit(
+        workload.model,
+        workload.loss_fn,
+        next(workload.batches_from(position.step)),
+        memory=options.memory,
+        optimizer=workload.optimizer,
+        micro_batch_size=position.micro_batch_size,
+    )
+    replace_text(options.out / "plan.json", step.plan.to_json())
+    watch.planned(step.plan)
+    return step
+
+
+def _go(run: _Run, watch: Watcher) -> RunResult:
+    """Trains to the end or to the first request to stop; the last step done is always saved."""
+    options, done = run.options, run.position.step
+    losses, plain_s = list(run.earlier), list[float]()
+    measured: int | None = None
+    with _LossLog(options.out) as log, _stop_on_signal() as stop:
+        while done < options.steps and not stop.asked:
+            batch = next(run.batches)
+            plan = None if run.step is None else run.step.plan
+            metered = _is_metered(run, done + 1)
+            started = time.perf_counter()
+            loss, peak_bytes = _one_step(run, batch, metered)
+            seconds = time.perf_counter() - started
+            done += 1
+            measured = _largest(measured, peak_bytes, _verified_bytes(run.step))
+            losses.append(loss)
+            log.add(done, loss, seconds)
+            if done > run.position.step + _METERED_STEP:
+                plain_s.append(seconds)
+            _note_new_plan(run, plan, watch)
+            watch.stepped(StepReport(done, options.steps, loss, seconds, *_amount(batch)))
+            if done % options.save_every == 0 or done == options.steps or stop.asked:
+                log.sync()
+                save_checkpoint(
+                    options.out, _position(run, done), run.workload.model, run.workload.optimizer
+                )
+    return _result(run, losses, measured, plain_s, interrupted=done < options.steps)
+
+
+def _position(run: _Run, done: int) -> Position:
+    """Returns the position after ``done`` steps."""
+    return Position(done, None if run.step is None else run.step.plan.micro_batch_size)
+
+
+def _is_metered(run: _Run, number: int) -> bool:
+    """Returns whether the allocator's account of step ``number`` is taken.
+
+    A plain run has nobody else who measures its first step; memfit's first step measures itself.
+    """
+    first = run.position.step + 1
+    return number == first + 1 or (run.step is None and number == first)
+
+
+def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:
+    """Runs one whole training step; returns its loss and, if ``metered``, its peak in bytes."""
+    body = run.step if run.step is not None else _plain_body(run.workload)
+    if not metered:
+        return _forward_backward_update(run.workload, body, batch), None
+    meter = PeakMeter(_device(run.workload))
+    with meter:
+        loss = _forward_backward_update(run.workload, body, batch)
+    return loss, meter.peak_bytes
+
+
+def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Tensor], batch: Any) -> float:
+    """Runs the step, the optimizer and ``zero_grad``; returns the loss."""
+    loss = body(batch)
+    workload.optimizer.step()
+    workload.optimizer.zero_grad()
+    return float(loss)
+
+
+def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
+    """Returns the step as everybody writes it."""
+
+    def body(batch: Any) -> torch.Tensor:
+        loss = workload.loss_fn(workload.model, batch)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    return body
+
+
+def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
+    """Stores and shows the plan if the step has planned again."""
+    if run.step is not None and run.step.plan is not before:
+        replace_text(run.options.out / "plan.json", run.step.plan.to_json())
+        watch.planned(run.step.plan)
+
+
+def _verified_bytes(step: Step | None) -> int | None:
+    """Returns the peak the step has measured of itself, if it has."""
+    return None if step is None or step.verdict is None else step.verdict.measured_peak_bytes
+
+
+def _largest(*values: int | None) -> int | None:
+    """Returns the largest of the values that are there."""
+    return max((value for value in values if value is not None), default=None)
+
+
+def _result(
+    run: _Run, losses: list[float], measured: int | None, plain_s: list[float], *, interrupted: bool
+) -> RunResult:
+    """Returns what the run came to; a peak above the prediction or the budget is not held."""
+    plan = None if run.step is None else run.step.plan
+    held: bool | None = None
+    if plan is not None and measured is not None:
+        held = measured <= plan.predicted_peak_bytes <= plan.budget_bytes
+    return RunResult(
+        steps_done=len(losses),
+        first_loss=losses[0] if losses else float("nan"),
+        last_loss=losses[-1] if losses else float("nan"),
+        measured_peak_bytes=measured,
+        median_step_s=statistics.median(plain_s) if plain_s else None,
+        plan=plan,
+        held=held,
+        interrupted=interrupted,
+        out=run.options.out,
+    )
+
+
+def _write_run(options: TrainOptions, result: RunResult | None) -> None:
+    """Writes ``run.json``."""
+    versions = {
+        "memfit": memfit.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    content = {
+        "format": FORMAT,
+        "version": 1,
+        "options": options.as_json(),
+        "versions": versions,
+        "result": None if result is None else result.as_json(),
+    }
+    replace_text(options.out / "run.json", json.dumps(content, indent=1) + "\n")
+
+
+def _plan_figures(plan: Plan) -> dict[str, Any]:
+    """Returns the figures of a plan that a summary shows."""
+    names = (
+        "budget_bytes",
+        "predicted_peak_bytes",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "predicted_step_s",
+        "forward_s",
+        "recompute_s",
+        "lower_bound_s",
+        "optimality_gap",
+        "recomputes",
+    )
+    return {name: getattr(plan, name) for name in names}
+
+
+def _device(workload: Workload) -> torch.device:
+    """Returns the device the model is on."""
+    return next(workload.model.parameters()).device
+
+
+def _amount(batch: Any) -> tuple[int, str]:
+    """Returns how much a batch holds: tokens if it has an integer tensor [rows, length], else rows."""
+    leaves = list(_leaves(batch))
+    for leaf in leaves:
+        if leaf.dim() == 2 and not leaf.is_floating_point():
+            return leaf.numel(), "tokens"
+    return (leaves[0].shape[0] if leaves and leaves[0].dim() else 1), "rows"
+
+
+def _leaves(batch: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors in dicts, lists and tuples."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif hasattr(batch, "values"):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _leaves(value)
+
+
+class _LossLog:
+    """Appends to ``losses.jsonl``, one unbuffered line for each step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "losses.jsonl"
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> _LossLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, step: int, loss: float, seconds: float) -> None:
+        """Appends a line. JSON keeps every bit of a float in Python."""
+        line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self._path} could not be written: {error.strerror}. The last checkpoint is untouched. Make "
+                f"room, and go on with --resume",
+            ) from error
+
+    def sync(self) -> None:
+        """Flushes to the disk: a checkpoint must not be newer than its losses."""
+        os.fsync(self._file.fileno())
+
+
+def _cut_losses(folder: Path, steps: int) -> tuple[float, ...]:
+    """Cuts ``losses.jsonl`` back to the first ``steps`` steps and returns them.
+
+    Raises:
+        BadCheckpoint: Losses of steps that the checkpoint has done are missing.
+    """
+    path = folder / "losses.jsonl"
+    lines = path.read_bytes().split(b"\n")[:steps] if path.exists() else []
+    try:
+        entries = [json.loads(line) for line in lines]
+        in_order = [entry["step"] for entry in entries] == list(range(1, steps + 1))
+        losses = tuple(float(entry["loss"]) for entry in entries)
+    except (ValueError, KeyError, TypeError):
+        in_order, losses = False, ()
+    if not in_order:
+        raise BadCheckpoint(
+            f"{path} does not hold the {steps} steps of the checkpoint. Put the file back, or start anew in "
+            f"another --out."
+        )
+    replace_text(path, "".join(line.decode() + "\n" for line in lines))
+    return losses
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
+    """Turns every way of running out of memory into one error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        if not isinstance(error, MemoryError) and not any(word in first_line for word in _NO_MEMORY):
+            raise
+        cap = f" under the hard cap of {format_bytes(options.hard_cap_bytes)}" if options.hard_cap_bytes else ""
+        cure = (
+            "Leave out --plain and give --memory: memfit fits the same step into it."
+            if options.plain
+            else "Give a smaller --memory, or a larger --hard-cap: Python's own memory counts there too."
+        )
+        raise RanOutOfMemory(f"Out of memory{cap}: {first_line}. {cure}") from error
+
+
+def parse_cap(text: str | None) -> int | None:
+    """Returns the bytes of a ``--hard-cap``."""
+    return None if text is None else parse_memory(text)
