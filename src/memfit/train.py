@@ -37,13 +37,13 @@ from memfit.runtime.state import (
     replace_text,
     save_checkpoint,
 )
-from memfit.units import format_bytes, parse_memory
+from memfit.units import format_bytes
 from memfit.workload import Workload, load_target
 
 FORMAT = "memfit-run"
 # Words that torch, oneDNN and the C++ library use when memory ends.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
-_METERED_STEP = 2  # the first step in which optimizer state exists from the start
+_WARM_STEPS = 2  # steps of a process that say nothing about speed: verified, metered, caches cold
 # A change of these would change the losses, so a resumed run must repeat them.
 _FIXED = ("target", "batch_size", "seed", "plain", "device")
 
@@ -209,7 +209,9 @@ def _check_resumable(options: TrainOptions) -> int | None:
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--out {options.out} holds no run to resume. Leave out --resume to start.") from None
+        raise ValueError(
+            f"--out {options.out} holds no run to resume. Leave out --resume to start."
+        ) from None
     except ValueError as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -218,8 +220,8 @@ def _check_resumable(options: TrainOptions) -> int | None:
     for name in _FIXED:
         if started.get(name) != now[name]:
             raise ValueError(
-                f"The run in {options.out} was started with {name} = {started.get(name)!r}, not {now[name]!r}: "
-                f"another value would change its losses. Repeat it, or start anew in another --out."
+                f"The run in {options.out} was started with {name} = {started.get(name)!r}, not "
+                f"{now[name]!r}: another value would change its losses. Repeat it, or start anew in another --out."
             )
     return _plan_of(options.out) or options.micro_batch_size
 
@@ -300,15 +302,13 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             measured = _largest(measured, peak_bytes, _verified_bytes(run.step))
             losses.append(loss)
             log.add(done, loss, seconds)
-            if done > run.position.step + _METERED_STEP:
+            if done > run.position.step + _WARM_STEPS:
                 plain_s.append(seconds)
             _note_new_plan(run, plan, watch)
             watch.stepped(StepReport(done, options.steps, loss, seconds, *_amount(batch)))
             if done % options.save_every == 0 or done == options.steps or stop.asked:
                 log.sync()
-                save_checkpoint(
-                    options.out, _position(run, done), run.workload.model, run.workload.optimizer
-                )
+                save_checkpoint(options.out, _position(run, done), run.workload.model, run.workload.optimizer)
     return _result(run, losses, measured, plain_s, interrupted=done < options.steps)
 
 
@@ -320,10 +320,12 @@ def _position(run: _Run, done: int) -> Position:
 def _is_metered(run: _Run, number: int) -> bool:
     """Returns whether the allocator's account of step ``number`` is taken.
 
-    A plain run has nobody else who measures its first step; memfit's first step measures itself.
+    The second step is the first with optimizer state from its start. A plain run has nobody else who
+    measures its first step; memfit's measures itself. The account is kept in memory, so there is none under
+    a hard cap.
     """
-    first = run.position.step + 1
-    return number == first + 1 or (run.step is None and number == first)
+    nth = number - run.position.step
+    return run.options.hard_cap_bytes is None and (nth == 2 or (nth == 1 and run.step is None))
 
 
 def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:
@@ -331,10 +333,19 @@ def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:
     body = run.step if run.step is not None else _plain_body(run.workload)
     if not metered:
         return _forward_backward_update(run.workload, body, batch), None
-    meter = PeakMeter(_device(run.workload))
-    with meter:
+    entry_bytes = resident_bytes(_resident(run.workload, batch))
+    with PeakMeter(_device(run.workload)) as meter:
         loss = _forward_backward_update(run.workload, body, batch)
-    return loss, meter.peak_bytes
+    return loss, entry_bytes + meter.peak_bytes
+
+
+def _resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors that are alive on the training device before a step."""
+    device = _device(workload)
+    everything = [*workload.model.parameters(), *workload.model.buffers(), *_leaves(batch)]
+    for state in workload.optimizer.state.values():
+        everything += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    yield from (tensor for tensor in everything if tensor.device == device)
 
 
 def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Tensor], batch: Any) -> float:
@@ -475,8 +486,8 @@ class _LossLog:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{self._path} could not be written: {error.strerror}. The last checkpoint is untouched. Make "
-                f"room, and go on with --resume",
+                f"{self._path} could not be written: {error.strerror}. The last checkpoint is untouched. "
+                f"Make room, and go on with --resume",
             ) from error
 
     def sync(self) -> None:
@@ -537,15 +548,12 @@ def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, MemoryError) and not any(word in first_line for word in _NO_MEMORY):
             raise
-        cap = f" under the hard cap of {format_bytes(options.hard_cap_bytes)}" if options.hard_cap_bytes else ""
+        cap = (
+            f" under the hard cap of {format_bytes(options.hard_cap_bytes)}" if options.hard_cap_bytes else ""
+        )
         cure = (
             "Leave out --plain and give --memory: memfit fits the same step into it."
             if options.plain
             else "Give a smaller --memory, or a larger --hard-cap: Python's own memory counts there too."
         )
         raise RanOutOfMemory(f"Out of memory{cap}: {first_line}. {cure}") from error
-
-
-def parse_cap(text: str | None) -> int | None:
-    """Returns the bytes of a ``--hard-cap``."""
-    return None if text is None else parse_memory(text)

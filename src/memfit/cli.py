@@ -1,0 +1,251 @@
+"""The command line: reads options, calls the library, shows the outcome, maps errors to exit codes.
+
+Imports no torch before a command that needs it runs. Exit codes:
+
+    0 done   2 usage   3 no plan fits   4 verification failed, or memory ran out
+    5 bad input   130 interrupted
+
+Anything else ends with a traceback and code 1: it is a bug, here or in the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import memfit
+from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
+from memfit.report.terminal import TerminalWatcher, plan_table, plan_verdict, result_table
+from memfit.units import parse_memory
+from memfit.workload import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from memfit.api import Plan
+
+EXIT_INFEASIBLE = 3
+EXIT_BROKEN_PROMISE = 4
+EXIT_BAD_INPUT = 5
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="memfit",
+    help="Fits a PyTorch training step into a stated amount of memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 2 usage, 3 no plan fits, 4 verification failed or memory ran out, "
+    "5 bad input, 130 interrupted.",
+)
+
+Target = Annotated[
+    str,
+    typer.Argument(help="package.module:function or file.py:function that returns a memfit.Workload."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="The peak of all tensors on the device, such as 400MiB, 8GiB, or 80% of a GPU."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Rows of the effective batch.", min=1)]
+MicroBatchSize = Annotated[
+    int | None, typer.Option(help="Pins the rows of a micro-batch; otherwise memfit chooses.", min=1)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights, data and dropout.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda, if TARGET takes a device.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"memfit {memfit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fits a PyTorch training step into a stated amount of memory."""
+
+
+@app.command()
+def train(
+    target: Target = DEFAULT_TARGET,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run: plan, losses, checkpoints.")],
+    memory: Memory = None,
+    batch_size: BatchSize = None,
+    steps: Annotated[int, typer.Option(help="Steps in all.", min=1)] = 60,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    micro_batch_size: MicroBatchSize = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="The ordinary step, the whole batch at once, to compare with.")
+    ] = False,
+    hard_cap: Annotated[
+        str | None,
+        typer.Option(help="Let this process grow by at most this much once torch is loaded (Linux)."),
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 10,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train TARGET within --memory; can be killed at any moment and resumed bit for bit."""
+    # Read before torch is imported: a typing error is answered at once.
+    cap_bytes = None if hard_cap is None else parse_memory(hard_cap)
+    _check_memory(memory)
+    if memory is None and not plain and device is None:
+        raise typer.BadParameter(
+            "say how much, such as --memory 400MiB (or run --plain)", param_hint="--memory"
+        )
+    with _interruptible():
+        from memfit.train import TrainOptions
+        from memfit.train import train as run_training
+
+        options = TrainOptions(
+            target=target,
+            memory=memory,
+            steps=steps,
+            out=out,
+            batch_size=batch_size,
+            seed=seed,
+            resume=resume,
+            micro_batch_size=micro_batch_size,
+            plain=plain,
+            hard_cap_bytes=cap_bytes,
+            save_every=save_every,
+            device=device,
+        )
+        with TerminalWatcher(Console(stderr=True)) as watcher:
+            result = run_training(options, watcher)
+    _show(result.as_json() if as_json else result_table(result))
+    if result.interrupted:
+        _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.held is False:
+        _say("The measured peak is above what was promised; the losses are right. Please report the model.")
+        raise typer.Exit(EXIT_BROKEN_PROMISE)
+
+
+@app.command()
+def plan(
+    target: Target = DEFAULT_TARGET,
+    *,
+    memory: Memory = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the plan for TARGET within --memory; no memory is allocated for the model."""
+    if memory is None:
+        raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
+    _check_memory(memory)
+    with _interruptible():
+        found = _plan(target, memory, batch_size, micro_batch_size, seed, device)
+    if as_json:
+        print(found.to_json())
+        return
+    _show(plan_table(found, target))
+    print(plan_verdict(found, target))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: What follows the program's name; by default what it was called with.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="memfit")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except InfeasibleBudget as error:
+        return _fail(error, EXIT_INFEASIBLE)
+    except VerificationFailed as error:
+        return _fail(error, EXIT_BROKEN_PROMISE)
+    except (MemfitError, ValueError, TypeError, OSError) as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(error, EXIT_BROKEN_PROMISE)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _plan(
+    target: str,
+    memory: str,
+    batch_size: int | None,
+    micro_batch_size: int | None,
+    seed: int,
+    device: str | None,
+) -> Plan:
+    """Returns the plan of a workload that is built from fake tensors: shapes without memory."""
+    from memfit.api import find_plan, profile
+    from memfit.runtime.fake import fake_tensors
+    from memfit.workload import load_target
+
+    console = Console(stderr=True)
+    console.print(f"recording one step of {target} on fake tensors", style="dim")
+    with fake_tensors():
+        workload = load_target(target, batch_size=batch_size, seed=seed, device=device)
+        workload.model.train()
+        batch = next(workload.batches_from(0))
+        recorded = profile(workload.model, workload.loss_fn, batch, optimizer=workload.optimizer)
+    console.print("planning", style="dim")
+    return find_plan(recorded, memory=memory, micro_batch_size=micro_batch_size)
+
+
+def _check_memory(memory: str | None) -> None:
+    """Refuses an amount of memory that cannot be read; what a percentage is of is found out later."""
+    if memory is not None:
+        parse_memory(memory, total_bytes=2**40)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends with the code of an interruption on Ctrl-C; typer would use its own."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("Interrupted. The last checkpoint stays: go on with --resume.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether the run found no memory. The class lives beside torch, which may not be loaded."""
+    return type(error).__name__ == "RanOutOfMemory"
+
+
+def _show(what: Any) -> None:
+    """Prints data on stdout, JSON or a table."""
+    if isinstance(what, dict):
+        print(json.dumps(what))
+    else:
+        Console().print(what)
+
+
+def _say(text: str) -> None:
+    """Prints a message for people on stderr."""
+    print(text, file=sys.stderr)
+
+
+def _fail(error: Exception, code: int) -> int:
+    """Prints an error in one message and returns its exit code."""
+    text = error.args[1] if isinstance(error, OSError) and len(error.args) == 2 else str(error)
+    _say(f"memfit: {text}")
+    return code

@@ -1,0 +1,179 @@
+"""What the command line shows: plans, progress and results, drawn with rich.
+
+Data goes to stdout, progress to stderr. Decides nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from memfit.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from memfit.api import Plan
+    from memfit.train import RunResult, StepReport
+
+_BARS = "▁▂▃▄▅▆▇█"
+_LINE_EVERY_S = 5.0  # without a terminal: one line of progress at most this often
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Returns a line of blocks as high as ``values``, from the smallest to the largest of them."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Returns a table of names and what they are."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def plan_facts(plan: Plan) -> list[tuple[str, str]]:
+    """Returns what a reader wants to know of a plan, as names and texts."""
+    return [
+        ("memory", f"{format_bytes(plan.budget_bytes)}"),
+        ("predicted peak", f"{format_bytes(plan.predicted_peak_bytes)} ({_share(plan)} of the memory)"),
+        (
+            "micro-batch",
+            f"{plan.micro_batch_size} rows x {plan.gradient_accumulation_steps} accumulation steps",
+        ),
+        ("recomputed", recomputed(plan)),
+        ("predicted step", format_seconds(plan.predicted_step_s)),
+        ("certified gap", f"at most {plan.optimality_gap:.2%} of a step from the best plan of this kind"),
+    ]
+
+
+def plan_table(plan: Plan, title: str) -> Table:
+    """Returns a plan as a table."""
+    return facts(title, plan_facts(plan))
+
+
+def plan_verdict(plan: Plan, title: str) -> str:
+    """Returns the plan in one line."""
+    fits = f"{title} fits into {format_bytes(plan.budget_bytes)}"
+    how = f"{plan.gradient_accumulation_steps} micro-batches of at most {plan.micro_batch_size} rows"
+    if plan.gradient_accumulation_steps == 1:
+        how = "the whole batch at once"
+    if plan.recomputes == 0:
+        return f"{fits}: {how}, nothing recomputed."
+    return f"{fits}: {how}, {plan.recompute_s / plan.predicted_step_s:.1%} of a step spent recomputing."
+
+
+def recomputed(plan: Plan) -> str:
+    """Returns how much of the forward pass a plan computes again."""
+    if plan.recomputes == 0:
+        return "nothing"
+    share = plan.recompute_s / plan.forward_s if plan.forward_s > 0 else 0.0
+    return f"{share:.1%} of the forward pass, {plan.recomputes:,} tensors"
+
+
+def result_table(result: RunResult) -> Table:
+    """Returns the summary of a run."""
+    rows = [
+        ("steps", f"{result.steps_done}"),
+        ("loss", f"{result.first_loss:.4f} -> {result.last_loss:.4f}"),
+    ]
+    if result.plan is not None:
+        rows += plan_facts(result.plan)
+    if result.measured_peak_bytes is not None:
+        rows.append(
+            ("measured peak", f"{format_bytes(result.measured_peak_bytes)} by the allocator{_held(result)}")
+        )
+    if result.median_step_s is not None:
+        rows.append(("median step", format_seconds(result.median_step_s)))
+    rows.append(("saved in", str(result.out)))
+    return facts("Stopped early" if result.interrupted else "Done", rows)
+
+
+def _held(result: RunResult) -> str:
+    """Returns the verdict on the promise, in words."""
+    if result.held is None:
+        return ""
+    return ": the promise held" if result.held else ": THE PROMISE DID NOT HOLD"
+
+
+def _share(plan: Plan) -> str:
+    return f"{plan.predicted_peak_bytes / plan.budget_bytes:.1%}"
+
+
+class TerminalWatcher:
+    """Shows a run while it goes on: one live line in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._plan: Plan | None = None
+        self._started_s = 0.0
+        self._done = 0
+        self._first = 0
+        self._printed_s = float("-inf")
+
+    def __enter__(self) -> TerminalWatcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def said(self, text: str) -> None:
+        """Prints a line about what is being done."""
+        self._console.print(Text(text, style="dim"))
+
+    def planned(self, plan: Plan) -> None:
+        """Prints the plan."""
+        again = "Planned again" if self._plan is not None else "Plan"
+        self._plan = plan
+        self._console.print(plan_table(plan, again))
+
+    def stepped(self, report: StepReport) -> None:
+        """Shows one step done."""
+        now_s = time.monotonic()
+        if self._done == 0:
+            self._started_s, self._first = now_s, report.step
+        self._done += 1
+        if self._console.is_terminal:
+            self._draw(report)
+        elif now_s - self._printed_s >= _LINE_EVERY_S or report.step == report.steps:
+            self._printed_s = now_s
+            self._console.print(Text(" ".join(self._words(report))), soft_wrap=True)
+
+    def _draw(self, report: StepReport) -> None:
+        """Redraws the live line."""
+        line = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=report.steps, completed=report.step, width=20)
+        line.add_row(bar, *self._words(report))
+        if self._live is None:
+            self._live = Live(console=self._console, refresh_per_second=4)
+            self._live.start()
+        self._live.update(line)
+
+    def _words(self, report: StepReport) -> list[str]:
+        """Returns the parts of a line of progress."""
+        words = [
+            f"step {report.step}/{report.steps}",
+            f"loss {report.loss:.4f}",
+            f"{report.amount / report.seconds:,.0f} {report.unit}/s",
+        ]
+        if self._plan is not None:
+            peak, budget = self._plan.predicted_peak_bytes, self._plan.budget_bytes
+            words.append(f"peak {format_bytes(peak)} of {format_bytes(budget)}")
+        if self._done > 1:
+            per_step_s = (time.monotonic() - self._started_s) / (report.step - self._first)
+            words.append(f"{format_seconds(per_step_s * (report.steps - report.step))} left")
+        return words
