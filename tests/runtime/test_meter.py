@@ -51,7 +51,7 @@ def test_a_sequence_is_measured_to_the_byte() -> None:
     assert third.numel() == 50
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.one_of(st.integers(1, 5_000), st.none()), max_size=30))
 def test_any_sequence_of_allocations_and_releases_is_measured_to_the_byte(steps: list[int | None]) -> None:
     live: list[Tensor] = []
