@@ -128,6 +128,15 @@ def test_a_release_that_is_not_watched_makes_the_peak_too_high_and_never_too_low
     del second
 
 
+def test_a_meter_that_is_done_writes_nothing_into_the_next_one() -> None:
+    held = floats(1_000)
+    with PeakMeter("cpu", held=[held]) as done:
+        pass
+    with PeakMeter("cpu") as meter:
+        del held
+    assert (done.events, meter.events) == ((), ())
+
+
 def test_the_meter_is_unseen_by_a_dispatch_mode_of_the_body() -> None:
     class Seen(TorchDispatchMode):
         names: ClassVar[list[str]] = []
