@@ -25,9 +25,10 @@ def loss_fn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
 def workload(batch_size: int = 4, seed: int = 0, device: str = "cpu") -> Workload:
     """Returns one training job: Llama 2 7B in bfloat16, AdamW, rows of 2,048 tokens."""
     torch.manual_seed(seed)
-    config = LlamaConfig(attn_implementation="sdpa")  # its defaults are Llama 2 7B
+    config = LlamaConfig()  # its defaults are Llama 2 7B
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: torch.nn.Module = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
 
     def batch(index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed + index)

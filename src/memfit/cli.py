@@ -246,6 +246,9 @@ def _say(text: str) -> None:
 
 def _fail(error: Exception, code: int) -> int:
     """Prints an error in one message and returns its exit code."""
-    text = error.args[1] if isinstance(error, OSError) and len(error.args) == 2 else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        # Without "[Errno 28]": the number says nothing to a reader.
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     _say(f"memfit: {text}")
     return code

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import signal
 import statistics
 import threading
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 import memfit
@@ -32,6 +34,7 @@ from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
 from memfit.runtime.state import (
     BadCheckpoint,
     Position,
+    RandomState,
     latest_checkpoint,
     load_checkpoint,
     replace_text,
@@ -216,12 +219,15 @@ def _check_resumable(options: TrainOptions) -> int | None:
         raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
-    started, now = content["options"], options.as_json()
+    started, now = content.get("options"), options.as_json()
+    if not isinstance(started, dict):
+        raise BadCheckpoint(f"{path} is damaged (no options). Start anew in another --out.")
     for name in _FIXED:
         if started.get(name) != now[name]:
             raise ValueError(
                 f"The run in {options.out} was started with {name} = {started.get(name)!r}, not "
-                f"{now[name]!r}: another value would change its losses. Repeat it, or start anew in another --out."
+                f"{now[name]!r}: another value would change its losses. Repeat it, or start anew in another "
+                f"--out."
             )
     return _plan_of(options.out) or options.micro_batch_size
 
@@ -232,9 +238,10 @@ def _plan_of(out: Path) -> int | None:
     if not path.exists():
         return None
     try:
-        return Plan.from_json(path.read_text("utf-8")).micro_batch_size
+        plan: Plan = Plan.from_json(path.read_text("utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
+    return plan.micro_batch_size
 
 
 def _cap(extra_bytes: int) -> None:
@@ -246,7 +253,7 @@ def _cap(extra_bytes: int) -> None:
 
 def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
     """Builds the workload, loads the last checkpoint if resuming, and plans."""
-    torch.manual_seed(options.seed)
+    _seed_everything(options.seed)
     watch.said(f"building {options.target}")
     workload = load_target(
         options.target, batch_size=options.batch_size, seed=options.seed, device=options.device
@@ -263,10 +270,39 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
         micro = position.micro_batch_size or pinned
         step = _fit(workload, options, replace(position, micro_batch_size=micro), watch)
     # The training itself starts from the seed, whatever building and planning drew.
-    torch.manual_seed(options.seed)
+    _seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
-    return _Run(options, workload, step, position, workload.batches_from(position.step), earlier)
+    batches = _with_own_randomness(workload.batches_from(position.step), options.seed)
+    return _Run(options, workload, step, position, batches, earlier)
+
+
+def _seed_everything(seed: int) -> None:
+    """Starts every generator from ``seed``."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _with_own_randomness(batches: Iterator[Any], seed: int) -> Iterator[Any]:
+    """Yields ``batches``, drawn from generators of their own that start from ``seed``.
+
+    A shuffling loader draws from the global generator. Training (dropout) draws from it too, so that the
+    order of the data would depend on what was trained between, and a resumed run could not find it again.
+    """
+    training = RandomState.capture()
+    _seed_everything(seed)
+    data = RandomState.capture()
+    training.restore()
+    while True:
+        training = RandomState.capture()
+        data.restore()
+        try:
+            batch = next(batches)
+        finally:
+            data = RandomState.capture()
+            training.restore()
+        yield batch
 
 
 def _fit(workload: Workload, options: TrainOptions, position: Position, watch: Watcher) -> Step:

@@ -98,8 +98,8 @@ def _endless(batches: Iterable[Any], start: int) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "The workload's batches are empty, or end and cannot be iterated a second time (a generator "
-                "can not). Return a list, a DataLoader, or a function from the step index to a batch."
+                "The workload's batches are empty, or cannot be iterated a second time. "
+                "Return a list, a DataLoader, or a function from the step index to a batch."
             )
 
 
@@ -214,6 +214,12 @@ def _check(target: str, workload: object) -> None:
             )
     if not callable(workload.loss_fn):
         raise BadTarget(f"TARGET {target!r}: loss_fn is not callable. Give loss_fn(model, batch) -> Tensor.")
+    if isinstance(workload.batches, Iterator):
+        raise BadTarget(
+            f"TARGET {target!r}: batches is a {type(workload.batches).__name__}, which can be read only "
+            f"once, so a run could not be resumed. Give a list, a DataLoader, or a function from the step "
+            f"index to a batch."
+        )
     if not callable(workload.batches) and not isinstance(workload.batches, Iterable):
         raise BadTarget(
             f"TARGET {target!r}: batches is a {type(workload.batches).__name__}, which is neither iterable "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Makes every tensor created in the body a fake one; ``model.to(...)`` and its kin work on them.
 
-    ``Module.to`` exchanges fake parameters by ``torch.utils.swap_tensors``, which refuses a tensor that anyone
-    refers to weakly, and the mode itself remembers by weak reference each tensor it has made (torch 2.13:
-    "Couldn't swap Linear.weight"). What it remembers only saves it work, so it forgets before each exchange.
+    ``Module.to`` exchanges fake parameters by ``torch.utils.swap_tensors``, which refuses a tensor that is
+    referred to weakly, and the mode itself remembers by weak reference each tensor it has made (torch 2.13:
+    "Couldn't swap Linear.weight"). That only saves it work, so it is made to forget before each exchange.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    swap = torch.utils.swap_tensors
+    swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
 
     def forgetful_swap(first: torch.Tensor, second: torch.Tensor) -> None:
         mode.fake_tensor_converter.meta_converter.tensor_memo.clear()

@@ -6,8 +6,10 @@ B rows, T bytes of context, C width, H heads.
 from __future__ import annotations
 
 import math
+import os
 import random
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +125,7 @@ def next_byte_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def standard_library_source(folder: Path | None = None) -> bytes:
-    """Returns the source of Python's standard library, its files joined in the order of their paths.
+    """Returns the source of Python's standard library, its files joined in a fixed order.
 
     Args:
         folder: Where it lies; by default where this Python has it.
@@ -132,16 +134,21 @@ def standard_library_source(folder: Path | None = None) -> bytes:
         ValueError: Less than 1 MB of it is there.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    outside = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    parts = [_read(root / path) for path in paths if not outside.intersection(path.parts)]
-    corpus = b"\n".join(parts)
+    corpus = b"\n".join(_read(path) for path in _source_files(root))
     if len(corpus) < _LEAST_CORPUS_BYTES:
         raise ValueError(
             f"Only {len(corpus):,} bytes of Python source are in {root}, and training needs 1,000,000. Use a "
             f"Python that has its standard library as files, or name another TARGET."
         )
     return corpus
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    """Yields the Python files under ``root`` that belong to Python, its tests left out, in a fixed order."""
+    outside = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - outside)  # os.walk enters only those that are left
+        yield from (Path(folder) / name for name in sorted(names) if name.endswith(".py"))
 
 
 def _read(path: Path) -> bytes:
