@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import threading
@@ -581,8 +582,8 @@ def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        if not isinstance(error, MemoryError) and not any(word in first_line for word in _NO_MEMORY):
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(word in text for word in _NO_MEMORY):
             raise
         cap = (
             f" under the hard cap of {format_bytes(options.hard_cap_bytes)}" if options.hard_cap_bytes else ""
@@ -592,4 +593,13 @@ def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
             if options.plain
             else "Give a smaller --memory, or a larger --hard-cap: Python's own memory counts there too."
         )
-        raise RanOutOfMemory(f"Out of memory{cap}: {first_line}. {cure}") from error
+        raise RanOutOfMemory(f"Out of memory{cap}: {_asked_for(text)}. {cure}") from error
+
+
+def _asked_for(text: str) -> str:
+    """Returns how much torch asked for in vain, read from its error, or else the first line of that."""
+    asked = re.search(r"tried to allocate (\d+) bytes", text)
+    if asked is None:
+        return text.splitlines()[0] if text else "Python itself found no more"
+    size_bytes = int(asked[1])
+    return f"the step asked for another {format_bytes(size_bytes)} ({size_bytes:,} bytes) and did not get it"

@@ -53,7 +53,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "micro-batch",
             f"{plan.micro_batch_size} rows x {plan.gradient_accumulation_steps} accumulation steps",
         ),
-        ("recomputed", recomputed(plan)),
+        ("recomputed", _recomputed(plan)),
         ("predicted step", format_seconds(plan.predicted_step_s)),
         ("certified gap", f"at most {plan.optimality_gap:.2%} of a step from the best plan of this kind"),
     ]
@@ -75,12 +75,9 @@ def plan_verdict(plan: Plan, title: str) -> str:
     return f"{fits}: {how}, {plan.recompute_s / plan.predicted_step_s:.1%} of a step spent recomputing."
 
 
-def recomputed(plan: Plan) -> str:
-    """Returns how much of the forward pass a plan computes again."""
-    if plan.recomputes == 0:
-        return "nothing"
-    share = plan.recompute_s / plan.forward_s if plan.forward_s > 0 else 0.0
-    return f"{share:.1%} of the forward pass, {plan.recomputes:,} tensors"
+def recomputed_share(recompute_s: float, forward_s: float) -> str:
+    """Returns how much of the forward pass is computed again, by seconds."""
+    return f"{recompute_s / forward_s:.1%} of the forward pass" if recompute_s > 0 else "nothing"
 
 
 def result_table(result: RunResult) -> Table:
@@ -106,6 +103,12 @@ def _held(result: RunResult) -> str:
     if result.held is None:
         return ""
     return ": the promise held" if result.held else ": THE PROMISE DID NOT HOLD"
+
+
+def _recomputed(plan: Plan) -> str:
+    """Returns what a plan computes again, by seconds and by number."""
+    share = recomputed_share(plan.recompute_s, plan.forward_s)
+    return share if plan.recomputes == 0 else f"{share}, {plan.recomputes:,} tensors"
 
 
 def _share(plan: Plan) -> str:

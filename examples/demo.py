@@ -1,0 +1,158 @@
+"""`make demo`: a training step that does not fit into memory, and the same step made to fit, in 4 minutes.
+
+A byte-level GPT learns Python's own standard library, 64 rows at a time. Every run is a child process of
+`memfit train`, so that a hard cap of the operating system binds it alone. Nothing here is simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+from memfit.report.terminal import facts, recomputed_share, sparkline
+from memfit.units import format_bytes, format_seconds
+
+BUDGET = "400MiB"  # all tensors of training: parameters, gradients, optimizer state, batch, activations
+# What the process may add in all once torch is loaded. It is twice the budget, for it binds more than tensors:
+# the recording, the solver, the allocation trace of the first, verified step, and glibc's free lists.
+CAP = "800MiB"
+ROWS, STEPS, PLAIN_STEPS = 64, 60, 30  # 30 plain steps are enough to see the same curve, and save a minute
+# Threads that wait without spinning: no number changes, but a busy machine is not brought to a standstill.
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "KINETO_LOG_LEVEL": "6"}
+
+console = Console(width=110 if not sys.stdout.isatty() else None)
+
+
+def main() -> int:
+    """Shows the four parts and returns 0 if each came out as promised."""
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        chapter(f"a. The plain step under a hard cap of {CAP}")
+        died, _ = train(runs / "capped", "--plain", "--hard-cap", CAP, "--steps", str(STEPS))
+        chapter(f"b. The same step under the same cap, with memfit and --memory {BUDGET}")
+        fits, result = train(runs / "memfit", "--memory", BUDGET, "--hard-cap", CAP, "--steps", str(STEPS))
+        if died != 4 or fits != 0:
+            console.print(f"Not as promised: the plain run ended with code {died}, memfit's with {fits}.")
+            return 1
+        chapter("c. What it costs, against the plain step without any cap")
+        _, plain = train(runs / "plain", "--plain", "--steps", str(PLAIN_STEPS))
+        exact = compare(result["micro_batch_size"])
+        show_costs(result, plain, exact)
+        chapter("d. The same curve")
+        show_losses(losses(runs / "plain"), losses(runs / "memfit"))
+    console.print(f"\nDone in {format_seconds(time.monotonic() - started_s)}.")
+    kept = exact["peak_bytes"] <= result["predicted_peak_bytes"] <= result["budget_bytes"]
+    return 0 if kept and exact["loss"] == exact["gradient"] == 0 else 1
+
+
+def chapter(title: str) -> None:
+    """Prints a heading."""
+    console.print()
+    console.print(Rule(title, align="left"))
+
+
+def train(out: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Runs `memfit train` in a child, its progress shown live; returns its exit code and its result."""
+    command = ["-m", "memfit", "train", "--batch-size", str(ROWS), "--out", str(out), "--json", *options]
+    console.print("$ memfit " + " ".join(command[2 : -len(options) - 3] + list(options)), style="bold")
+    done = subprocess.run(
+        [sys.executable, *command], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True, check=False
+    )
+    return done.returncode, json.loads(done.stdout or "{}")
+
+
+def losses(run: Path) -> list[float]:
+    """Returns the losses of a run in order."""
+    return [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()]
+
+
+def compare(micro_batch_size: int) -> dict[str, float]:
+    """Runs one batch with memfit and plainly at the same micro-batch; returns the differences and the peak."""
+    import torch
+
+    import memfit
+    from memfit.runtime.meter import PeakMeter, resident_bytes
+    from memfit.workload import DEFAULT_TARGET, load_target
+
+    job = load_target(DEFAULT_TARGET, batch_size=ROWS)
+    model, optimizer, batch = job.model, job.optimizer, next(job.batches_from(0))
+    step = memfit.fit(
+        model, job.loss_fn, batch, memory=BUDGET, optimizer=optimizer, micro_batch_size=micro_batch_size
+    )
+    found = []
+    for body in (step, lambda whole: accumulate(job, whole, micro_batch_size)):
+        torch.manual_seed(0)  # the same dropout
+        optimizer.zero_grad()
+        loss = body(batch)
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    apart = [float((one - two).abs().max()) for one, two in zip(*found, strict=True)]
+    del found
+    for _ in range(2):  # the second update has all optimizer state from its start
+        optimizer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        entry_bytes = resident_bytes([*model.parameters(), *model.buffers(), *states, *batch.values()])
+        with PeakMeter("cpu") as meter:  # forward, backward and update
+            step(batch)
+            optimizer.step()
+    return {"loss": apart[0], "gradient": max(apart[1:]), "peak_bytes": entry_bytes + meter.peak_bytes}
+
+
+def accumulate(job: Any, batch: dict[str, Any], size: int) -> Any:
+    """Runs the plain step in equal parts of at most `size` rows, as everybody writes it; returns the loss."""
+    count, total = -(-ROWS // size), 0.0
+    for index in range(count):
+        start, end = ROWS * index // count, ROWS * (index + 1) // count
+        loss = job.loss_fn(job.model, {name: tensor[start:end] for name, tensor in batch.items()})
+        (loss * ((end - start) / ROWS)).backward()
+        total += loss.detach() * ((end - start) / ROWS)
+    return total
+
+
+def show_costs(result: dict[str, Any], plain: dict[str, Any], exact: dict[str, float]) -> None:
+    """Prints the table of budget, peaks, plan, slowdown and exactness."""
+    slower = result["median_step_s"] / plain["median_step_s"]
+    times = f"{format_seconds(result['median_step_s'])} against {format_seconds(plain['median_step_s'])}"
+    rows = [
+        ("plain step needs", f"{format_bytes(plain['measured_peak_bytes'])} by the allocator's account"),
+        ("budget", format_bytes(result["budget_bytes"])),
+        ("predicted peak", format_bytes(result["predicted_peak_bytes"])),
+        ("measured peak", f"{format_bytes(int(exact['peak_bytes']))} by the allocator's account"),
+        (
+            "micro-batch x accumulation",
+            f"{result['micro_batch_size']} x {result['gradient_accumulation_steps']}",
+        ),
+        ("forward recomputed", recomputed_share(result["recompute_s"], result["forward_s"])),
+        (
+            "certified gap",
+            f"at most {result['optimality_gap']:.2%} of a step from the best plan of this kind",
+        ),
+        ("slowdown", f"{slower:.2f} x the plain step without a cap ({times})"),
+        ("largest difference of the loss", f"{exact['loss']:g} from the plain step at the same micro-batch"),
+        ("largest difference of a gradient", f"{exact['gradient']:g}"),
+    ]
+    console.print(facts("", rows))
+
+
+def show_losses(plain: list[float], memfit: list[float]) -> None:
+    """Prints both curves; dropout draws other masks for parts than for the whole, hence the last digits."""
+    table = Table("step", "plain, no cap", f"memfit in {BUDGET}", box=None)
+    for number in (1, 5, 10, 15, 20, 25, 30, 40, 50, 60):
+        left = f"{plain[number - 1]:.4f}" if number <= len(plain) else ""
+        table.add_row(str(number), left, f"{memfit[number - 1]:.4f}")
+    console.print(table)
+    console.print(f"plain  {sparkline(plain)}\nmemfit {sparkline(memfit)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
