@@ -23,8 +23,8 @@ from memfit.report.terminal import facts, recomputed_share, sparkline
 from memfit.units import format_bytes, format_seconds
 
 BUDGET = "400MiB"  # all tensors of training: parameters, gradients, optimizer state, batch, activations
-# What the process may add in all once torch is loaded. It is twice the budget, for it binds more than tensors:
-# the recording, the solver, the allocation trace of the first, verified step, and glibc's free lists.
+# What the process may add once torch is loaded. It is twice the budget, for it binds more than tensors: the
+# recording, the solver, the allocation trace of the first, verified step, and glibc's free lists.
 CAP = "800MiB"
 ROWS, STEPS, PLAIN_STEPS = 64, 60, 30  # 30 plain steps are enough to see the same curve, and save a minute
 # Threads that wait without spinning: no number changes, but a busy machine is not brought to a standstill.
@@ -78,7 +78,7 @@ def losses(run: Path) -> list[float]:
 
 
 def compare(micro_batch_size: int) -> dict[str, float]:
-    """Runs one batch with memfit and plainly at the same micro-batch; returns the differences and the peak."""
+    """Runs one batch with memfit and plainly at the same micro-batch; returns differences and peak."""
     import torch
 
     import memfit

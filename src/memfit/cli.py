@@ -27,7 +27,7 @@ from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
-    from memfit.api import Plan
+    from memfit.core.plan import Plan
 
 EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4

@@ -1,17 +1,10 @@
 """The training run behind ``memfit train``: one folder, resumable at any moment, bit for bit.
 
-Says what happens to a ``Watcher`` and never prints. A run folder holds::
-
-    run.json      the options the run was started with, the versions, and the result once there is one
-    plan.json     the plan in use (not in a plain run)
-    losses.jsonl  one line for each step: {"step", "loss", "seconds"}; the loss is exact
-    latest, step-*  the checkpoints of ``memfit.runtime.state``
+Says what happens to a ``Watcher`` and never prints.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import random
 import re
@@ -30,26 +23,31 @@ import numpy as np
 import torch
 
 import memfit
-from memfit.api import Plan, Step, fit
+from memfit.api import Step, fit
+from memfit.core.plan import Plan
+from memfit.runtime.folder import (
+    LossLog,
+    check_resumable,
+    cut_losses,
+    read_plan,
+    start_run,
+    write_plan,
+    write_run,
+)
 from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
 from memfit.runtime.state import (
-    BadCheckpoint,
     Position,
     RandomState,
     latest_checkpoint,
     load_checkpoint,
-    replace_text,
     save_checkpoint,
 )
 from memfit.units import format_bytes
 from memfit.workload import Workload, load_target
 
-FORMAT = "memfit-run"
 # Words that torch, oneDNN and the C++ library use when memory ends.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
 _WARM_STEPS = 2  # steps of a process that say nothing about speed: verified, metered, caches cold
-# A change of these would change the losses, so a resumed run must repeat them.
-_FIXED = ("target", "batch_size", "seed", "plain", "device")
 
 
 class RanOutOfMemory(RuntimeError):
@@ -95,7 +93,7 @@ class TrainOptions:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the options as JSON data."""
-        return {**asdict(self), "out": None, "resume": None}
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,70 +177,21 @@ def train(options: TrainOptions, watch: Watcher) -> RunResult:
         RanOutOfMemory: A step found no memory; what was saved stays.
         OSError: The disk is full or cannot be written.
     """
-    pinned = _open_folder(options)
+    pinned = options.micro_batch_size
+    if options.resume:
+        check_resumable(options.out, options.as_json())
+        stored = read_plan(options.out)
+        pinned = pinned if stored is None else stored.micro_batch_size
+    else:
+        start_run(options.out, _content(options, None))
     if options.hard_cap_bytes is not None:
         _cap(options.hard_cap_bytes)
         watch.said(f"hard cap: {format_bytes(options.hard_cap_bytes)} above what Python and torch hold")
     with _out_of_memory_named(options):
         run = _prepare(options, pinned, watch)
         result = _go(run, watch)
-    _write_run(options, result)
+    write_run(options.out, _content(options, result))
     return result
-
-
-def _open_folder(options: TrainOptions) -> int | None:
-    """Checks or creates the run's folder; returns the micro-batch size an earlier part of the run used."""
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file. Give a folder.")
-    if options.resume:
-        return _check_resumable(options)
-    if (out / "run.json").exists():
-        raise ValueError(f"--out {out} already holds a run. Add --resume to go on with it, or give another.")
-    strangers = [path.name for path in out.glob("*") if path.suffix != ".tmp"] if out.exists() else []
-    if strangers:
-        raise ValueError(f"--out {out} is not empty ({strangers[0]}...) and holds no run. Give a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_run(options, None)
-    return options.micro_batch_size
-
-
-def _check_resumable(options: TrainOptions) -> int | None:
-    """Refuses to resume what is no run or another run; returns the micro-batch size to keep."""
-    path = options.out / "run.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"--out {options.out} holds no run to resume. Leave out --resume to start."
-        ) from None
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
-    started, now = content.get("options"), options.as_json()
-    if not isinstance(started, dict):
-        raise BadCheckpoint(f"{path} is damaged (no options). Start anew in another --out.")
-    for name in _FIXED:
-        if started.get(name) != now[name]:
-            raise ValueError(
-                f"The run in {options.out} was started with {name} = {started.get(name)!r}, not "
-                f"{now[name]!r}: another value would change its losses. Repeat it, or start anew in another "
-                f"--out."
-            )
-    return _plan_of(options.out) or options.micro_batch_size
-
-
-def _plan_of(out: Path) -> int | None:
-    """Returns the micro-batch size of the stored plan, ``None`` if the run was stopped before it had one."""
-    path = out / "plan.json"
-    if not path.exists():
-        return None
-    try:
-        plan: Plan = Plan.from_json(path.read_text("utf-8"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
-    return plan.micro_batch_size
 
 
 def _cap(extra_bytes: int) -> None:
@@ -264,7 +213,7 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
     if checkpoint is not None:
         position, drawn = load_checkpoint(checkpoint, workload.model, workload.optimizer)
         watch.said(f"resuming after step {position.step}")
-    earlier = _cut_losses(options.out, position.step) if options.resume else ()
+    earlier = cut_losses(options.out, position.step) if options.resume else ()
     workload.model.train()
     step = None
     if not options.plain and position.step < options.steps:
@@ -317,7 +266,7 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
         optimizer=workload.optimizer,
         micro_batch_size=position.micro_batch_size,
     )
-    replace_text(options.out / "plan.json", step.plan.to_json())
+    write_plan(options.out, step.plan)
     watch.planned(step.plan)
     return step
 
@@ -327,7 +276,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     options, done = run.options, run.position.step
     losses, plain_s = list(run.earlier), list[float]()
     measured: int | None = None
-    with _LossLog(options.out) as log, _stop_on_signal() as stop:
+    with LossLog(options.out) as log, _stop_on_signal() as stop:
         while done < options.steps and not stop.asked:
             batch = next(run.batches)
             plan = None if run.step is None else run.step.plan
@@ -407,7 +356,7 @@ def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
 def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
     """Stores and shows the plan if the step has planned again."""
     if run.step is not None and run.step.plan is not before:
-        replace_text(run.options.out / "plan.json", run.step.plan.to_json())
+        write_plan(run.options.out, run.step.plan)
         watch.planned(run.step.plan)
 
 
@@ -442,21 +391,18 @@ def _result(
     )
 
 
-def _write_run(options: TrainOptions, result: RunResult | None) -> None:
-    """Writes ``run.json``."""
+def _content(options: TrainOptions, result: RunResult | None) -> dict[str, Any]:
+    """Returns what ``run.json`` says."""
     versions = {
         "memfit": memfit.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-    content = {
-        "format": FORMAT,
-        "version": 1,
+    return {
         "options": options.as_json(),
         "versions": versions,
         "result": None if result is None else result.as_json(),
     }
-    replace_text(options.out / "run.json", json.dumps(content, indent=1) + "\n")
 
 
 def _plan_figures(plan: Plan) -> dict[str, Any]:
@@ -500,59 +446,6 @@ def _leaves(batch: Any) -> Iterator[torch.Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _leaves(value)
-
-
-class _LossLog:
-    """Appends to ``losses.jsonl``, one unbuffered line for each step."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "losses.jsonl"
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-
-    def __enter__(self) -> _LossLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def add(self, step: int, loss: float, seconds: float) -> None:
-        """Appends a line. JSON keeps every bit of a float in Python."""
-        line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n"
-        try:
-            self._file.write(line.encode())
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{self._path} could not be written: {error.strerror}. The last checkpoint is untouched. "
-                f"Make room, and go on with --resume",
-            ) from error
-
-    def sync(self) -> None:
-        """Flushes to the disk: a checkpoint must not be newer than its losses."""
-        os.fsync(self._file.fileno())
-
-
-def _cut_losses(folder: Path, steps: int) -> tuple[float, ...]:
-    """Cuts ``losses.jsonl`` back to the first ``steps`` steps and returns them.
-
-    Raises:
-        BadCheckpoint: Losses of steps that the checkpoint has done are missing.
-    """
-    path = folder / "losses.jsonl"
-    lines = path.read_bytes().split(b"\n")[:steps] if path.exists() else []
-    try:
-        entries = [json.loads(line) for line in lines]
-        in_order = [entry["step"] for entry in entries] == list(range(1, steps + 1))
-        losses = tuple(float(entry["loss"]) for entry in entries)
-    except (ValueError, KeyError, TypeError):
-        in_order, losses = False, ()
-    if not in_order:
-        raise BadCheckpoint(
-            f"{path} does not hold the {steps} steps of the checkpoint. Put the file back, or start anew in "
-            f"another --out."
-        )
-    replace_text(path, "".join(line.decode() + "\n" for line in lines))
-    return losses
 
 
 @contextmanager

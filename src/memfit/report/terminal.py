@@ -18,7 +18,7 @@ from rich.text import Text
 from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from memfit.api import Plan
+    from memfit.core.plan import Plan
     from memfit.train import RunResult, StepReport
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -1,13 +1,19 @@
-"""Builds models from fake tensors: shapes, types and devices without memory, so that 7B fits on a laptop."""
+"""Fake tensors: shapes, types and devices without memory, so that 7B fits on a laptop."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.utils
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memfit.runtime.batch import map_tensors
 
 
 @contextmanager
@@ -31,3 +37,116 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
             yield mode
     finally:
         torch.utils.swap_tensors = swap
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no data: a fake one, or one on the meta device."""
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def mode_for(model: nn.Module) -> FakeTensorMode:
+    """The mode the model's tensors were made in, or a new one."""
+    for tensor in model.parameters():
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode  # type: ignore[no-any-return]
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Faker:
+    """Turns tensors into fake ones, the same tensor always into the same fake.
+
+    Fakes of the meta device are on the CPU: meta tensors would take other kernels.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The fake of a tensor; a parameter's is a parameter, without its gradient."""
+        known = self._made.get(id(tensor))
+        if known is None:
+            known = self._made[id(tensor)] = (tensor, self._make(tensor))
+        return known[1]
+
+    def batch(self, batch: Any) -> Any:
+        """A batch with every tensor fake."""
+        return map_tensors(batch, self)
+
+    def _make(self, tensor: Tensor) -> Tensor:
+        """A new fake."""
+        if tensor.device.type == "meta":
+            with self.mode:
+                plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        elif isinstance(tensor, FakeTensor):
+            plain = tensor.detach()
+        else:
+            plain = self.mode.from_tensor(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(plain, requires_grad=tensor.requires_grad)
+        return plain.requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain
+
+
+@contextmanager
+def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
+    """Puts fakes in place of a model's parameters and buffers; on exit every module is as it was.
+
+    Attributes that a forward sets (cached masks, say) are put back too: they would be fake.
+    """
+    with untouched(model):
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = faker(tensor)  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts every attribute, parameter, buffer and submodule of a model back to what it was at entry."""
+    before = [
+        (
+            module,
+            dict(module.__dict__),
+            dict(module._parameters),
+            dict(module._buffers),
+            dict(module._modules),
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers, children in before:
+            for name in set(module.__dict__) - set(attributes):
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            for table, entries in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, children),
+            ):
+                table.clear()
+                table.update(entries)  # type: ignore[arg-type]
+
+
+def fake_optimizer(optimizer: torch.optim.Optimizer, faker: Faker) -> torch.optim.Optimizer:
+    """An optimizer of the same kind over fake parameters, its state unborn and its hooks left out."""
+    twin = copy.copy(optimizer)
+    twin.__dict__.pop("step", None)  # a scheduler wraps it with a counter
+    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
+    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+    twin.state = defaultdict(dict)
+    twin.param_groups = [
+        {**group, "params": [faker(p) for p in group["params"]]} | _as_on_device(group)
+        for group in optimizer.param_groups
+    ]
+    return twin
+
+
+def _as_on_device(group: dict[str, Any]) -> dict[str, Any]:
+    """The implementation torch would choose for real parameters: ``foreach`` on CUDA, which fakes miss."""
+    on_cuda = all(p.is_cuda for p in group["params"])
+    undecided = "foreach" in group and group["foreach"] is None and not group.get("fused")
+    return {"foreach": True} if on_cuda and undecided else {}
