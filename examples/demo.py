@@ -58,17 +58,16 @@ def main() -> int:
 
 def chapter(title: str) -> None:
     """Prints a heading."""
-    console.print()
+    console.print("")
     console.print(Rule(title, align="left"))
 
 
 def train(out: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Runs `memfit train` in a child, its progress shown live; returns its exit code and its result."""
-    command = ["-m", "memfit", "train", "--batch-size", str(ROWS), "--out", str(out), "--json", *options]
-    console.print("$ memfit " + " ".join(command[2 : -len(options) - 3] + list(options)), style="bold")
-    done = subprocess.run(
-        [sys.executable, *command], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True, check=False
-    )
+    arguments = ["train", "--batch-size", str(ROWS), *options]
+    console.print("$ memfit", *arguments, style="bold", highlight=False)
+    command = [sys.executable, "-m", "memfit", *arguments, "--out", str(out), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True, check=False)
     return done.returncode, json.loads(done.stdout or "{}")
 
 
@@ -128,10 +127,7 @@ def show_costs(result: dict[str, Any], plain: dict[str, Any], exact: dict[str, f
         ("budget", format_bytes(result["budget_bytes"])),
         ("predicted peak", format_bytes(result["predicted_peak_bytes"])),
         ("measured peak", f"{format_bytes(int(exact['peak_bytes']))} by the allocator's account"),
-        (
-            "micro-batch x accumulation",
-            f"{result['micro_batch_size']} x {result['gradient_accumulation_steps']}",
-        ),
+        ("micro-batch x steps", f"{result['micro_batch_size']} x {result['gradient_accumulation_steps']}"),
         ("forward recomputed", recomputed_share(result["recompute_s"], result["forward_s"])),
         (
             "certified gap",
@@ -147,9 +143,9 @@ def show_costs(result: dict[str, Any], plain: dict[str, Any], exact: dict[str, f
 def show_losses(plain: list[float], memfit: list[float]) -> None:
     """Prints both curves; dropout draws other masks for parts than for the whole, hence the last digits."""
     table = Table("step", "plain, no cap", f"memfit in {BUDGET}", box=None)
-    for number in (1, 5, 10, 15, 20, 25, 30, 40, 50, 60):
-        left = f"{plain[number - 1]:.4f}" if number <= len(plain) else ""
-        table.add_row(str(number), left, f"{memfit[number - 1]:.4f}")
+    for index in (0, 4, 9, 14, 19, 24, 29, 39, 49, 59):
+        left = f"{plain[index]:.4f}" if index < len(plain) else ""
+        table.add_row(str(index + 1), left, f"{memfit[index]:.4f}")
     console.print(table)
     console.print(f"plain  {sparkline(plain)}\nmemfit {sparkline(memfit)}")
 

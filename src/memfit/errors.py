@@ -65,9 +65,7 @@ class VerificationFailed(MemfitError):
         budget_bytes: The memory that was asked for.
     """
 
-    def __init__(
-        self, message: str, *, predicted_bytes: int, measured_bytes: int, budget_bytes: int
-    ) -> None:
+    def __init__(self, message: str, *, predicted_bytes: int, measured_bytes: int, budget_bytes: int) -> None:
         super().__init__(message)
         self.predicted_bytes = predicted_bytes
         self.measured_bytes = measured_bytes

@@ -102,7 +102,7 @@ class PeakMeter:
                 "measure memory outside of it"
             )
         profiler = torch.autograd.profiler.profile(profile_memory=True)
-        with _quiet_kineto():
+        with quiet_kineto():
             profiler.__enter__()
         self._profiler = profiler
         return self
@@ -229,7 +229,7 @@ def _signed_bytes(events: Iterable[Any]) -> Iterator[int]:
 
 
 @contextmanager
-def _quiet_kineto() -> Iterator[None]:
+def quiet_kineto() -> Iterator[None]:
     """Keeps the profiler from writing a line to stderr at each start and stop.
 
     Kineto reads its log level when it is first used, from the environment only. A level that the

@@ -57,9 +57,7 @@ def op_info(func: OpOverload) -> OpInfo:
     """Reads the facts of an op off its schema and tags."""
     schema = func._schema
     arguments = schema.arguments
-    written = tuple(
-        i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
-    )
+    written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
     tags = set(func.tags)
     dynamic = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
     may_replay = not dynamic and func.namespace not in {"c10d", "_c10d_functional", "inductor", "prim"}
@@ -118,13 +116,17 @@ def mixes_rows(info: OpInfo, args: tuple[Any, ...]) -> bool:
     return training < 0 or bool(args[training])
 
 
-def draws_random_numbers(info: OpInfo, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def draws_random_numbers(
+    info: OpInfo, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Whether this call consumes the generator: attention without dropout does not."""
     if not info.is_random:
         return False
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
-            value = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            value = (
+                args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            )
             return bool(value)
     return True
 

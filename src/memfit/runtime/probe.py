@@ -17,6 +17,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from memfit.runtime.meter import quiet_kineto
 from memfit.runtime.opinfo import tensors_in
 
 
@@ -92,13 +93,12 @@ class CpuProbe:
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
-        self._profiler = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        )
+        self._profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
         self._peaks: list[int] = []
 
     def __enter__(self) -> CpuProbe:
-        self._profiler.__enter__()
+        with quiet_kineto():
+            self._profiler.__enter__()
         return self
 
     def __exit__(
@@ -123,8 +123,7 @@ class CpuProbe:
     def _read_peaks(self) -> list[int]:
         """The highest running sum of allocations within each named range."""
         peaks = [0] * len(self._seconds)
-        assert self._profiler.profiler is not None
-        pending = list(self._profiler.profiler.kineto_results.experimental_event_tree())
+        pending = list(self._profiler.kineto_results.experimental_event_tree())
         while pending:
             event = pending.pop()
             if event.name.startswith(self._RANGE):

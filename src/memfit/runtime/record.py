@@ -105,7 +105,9 @@ class Recorder(TorchDispatchMode):
         if self._paused or info.is_invisible or info.is_view:
             return func(*args, **kwargs)
         key = self._key(func)
-        self.adopt_external(t for t in tensors_in([*args, *kwargs.values()]) if _address(t) not in self._alive)
+        self.adopt_external(
+            t for t in tensors_in([*args, *kwargs.values()]) if _address(t) not in self._alive
+        )
         inputs = self._inputs(args, kwargs)
         written = declared_writes(info, args, kwargs)
         out = self._probe.call(func, args, kwargs)
@@ -306,6 +308,19 @@ def record(
     return _finish(recorder, probe, rows, forward_ops, gradients_resident)
 
 
+def record_update(
+    model: nn.Module, update: Callable[[], object], externals: Iterable[Tensor], probe: Probe
+) -> StepGraph:
+    """Runs ``optimizer.step()`` once and returns its storages and their lives; no op of it is replayed."""
+    with CallSites[None](model, {}) as sites, _no_collection():
+        recorder = Recorder(sites, probe, hold_saved=False)
+        recorder.is_forward = False
+        recorder.adopt_external(externals)
+        with probe, recorder:
+            update()
+    return _finish(recorder, probe, 1, 0, True).graph
+
+
 def _finish(
     recorder: Recorder, probe: Probe, rows: int, forward_ops: int, gradients_resident: bool
 ) -> Recording:
@@ -333,7 +348,11 @@ def sum_in_place(graph: StepGraph) -> StepGraph:
     ops, log = list(graph.ops), list(graph.log)
     same: dict[int, int] = {}
     for position, (kind, index) in enumerate(graph.log):
-        if kind != LogKind.OP or index < graph.forward_ops or not graph.ops[index].key.op.startswith(str(_ADD)):
+        if (
+            kind != LogKind.OP
+            or index < graph.forward_ops
+            or not graph.ops[index].key.op.startswith(str(_ADD))
+        ):
             continue
         dying = _freed_right_after(graph, position, graph.ops[index].allocates)
         if dying is not None:

@@ -58,7 +58,16 @@ class Handle:
     from outside the step, whose version tells whether it was changed since.
     """
 
-    __slots__ = ("__weakref__", "is_overwritten", "is_packed", "readers", "record", "source", "tensor", "version")
+    __slots__ = (
+        "__weakref__",
+        "is_overwritten",
+        "is_packed",
+        "readers",
+        "record",
+        "source",
+        "tensor",
+        "version",
+    )
 
     def __init__(self, record: Record | None, tensor: Tensor | None = None) -> None:
         self.record = record
@@ -143,7 +152,9 @@ class Replayer(TorchDispatchMode):
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
         super().__init__()
         self._model = model
-        self._sites: CallSites[Mapping[OpOverload, Mapping[int, frozenset[int]]]] = CallSites(model, decisions)
+        self._sites: CallSites[Mapping[OpOverload, Mapping[int, frozenset[int]]]] = CallSites(
+            model, decisions
+        )
         self._dropped: dict[int, tuple[Handle, StorageWeakRef]] = {}
         self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
         self._writes: dict[OpOverload, bool] = {}
@@ -373,8 +384,10 @@ def _replace_in(record: Record, old: Handle) -> None:
 def _copy_of_storage(tensor: Tensor) -> Tensor:
     """A tensor over a copy of the whole storage, same geometry."""
     items = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.as_strided((items,), (1,), 0).clone().as_strided(
-        tensor.size(), tensor.stride(), tensor.storage_offset()
+    return (
+        tensor.as_strided((items,), (1,), 0)
+        .clone()
+        .as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
     )
 
 

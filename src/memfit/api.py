@@ -1,0 +1,114 @@
+"""The public functions. ``fit`` is profile, plan and step in a row, and holds no logic of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.core.graph import Profile
+from memfit.core.plan import Plan, find_plan, simulate
+from memfit.core.timeline import Timeline
+from memfit.errors import InexactAccumulation
+from memfit.runtime.batch import rows_of
+from memfit.runtime.count import Counter, counter_for
+from memfit.runtime.meter import device_memory
+from memfit.runtime.micro import LossFn
+from memfit.runtime.profiling import check_model, profile
+from memfit.runtime.step import Step, Verdict
+from memfit.units import parse_memory
+from memfit.workload import Workload
+
+__all__ = [
+    "Plan",
+    "Profile",
+    "Step",
+    "Timeline",
+    "Verdict",
+    "Workload",
+    "find_plan",
+    "fit",
+    "profile",
+    "simulate",
+]
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    memory: str | int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    micro_batch_size: int | None = None,
+    count: str | Counter = "auto",
+) -> Step:
+    """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
+
+    Args:
+        model: Any module in training mode, on the device it trains on.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch.
+        batch: An example of the effective batch; its tensors share the first dimension.
+        memory: ``"8GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
+            it may be left out: what is free.
+        optimizer: Counts its state and its step into the peak.
+        micro_batch_size: Pins the micro-batch instead of choosing it.
+        count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
+            ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
+            ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
+
+    Raises:
+        InfeasibleBudget: No plan fits; says the smallest memory that works.
+        InexactAccumulation: The batch would have to be split, and no exact way is known.
+        UnsupportedModel: The model is on several devices.
+        ValueError, TypeError: Something is not as described above.
+    """
+    place = check_model(model)
+    budget_bytes = _budget_bytes(memory, place)
+    rows = rows_of(batch)
+    counter = counter_for(count, model, loss_fn, batch)
+    whole_only = counter is None and micro_batch_size is None
+    profiled = profile(
+        model,
+        loss_fn,
+        batch,
+        optimizer=optimizer,
+        micro_batch_size=rows if whole_only else micro_batch_size,
+        limit_bytes=budget_bytes,
+    )
+    profiled = _uncoupled(profiled, pinned=micro_batch_size is not None)
+
+    def find(current: Profile) -> Plan:
+        return find_plan(current, memory=budget_bytes)
+
+    return Step(model, loss_fn, find(profiled), profiled, counter=counter, optimizer=optimizer, find=find)
+
+
+def _budget_bytes(memory: str | int | None, place: torch.device) -> int:
+    """The budget in bytes; a share is of the device's memory."""
+    if memory is None:
+        if place.type != "cuda":
+            raise ValueError("say how much memory the step may take on a CPU, as in memory='8GiB'")
+        free_bytes, _ = device_memory(place)
+        return free_bytes + torch.cuda.memory_reserved(place)
+    is_share = isinstance(memory, str) and memory.strip().endswith("%")
+    return parse_memory(memory, total_bytes=device_memory(place)[1] if is_share else None)
+
+
+def _uncoupled(profiled: Profile, *, pinned: bool) -> Profile:
+    """Only micro-batches under which no layer sees fewer rows than it would in the whole batch."""
+    coupled = next((name for graph in profiled.graphs for name in graph.coupled), None)
+    if coupled is None:
+        return profiled
+    whole = tuple(graph for graph in profiled.graphs if graph.rows >= profiled.rows)
+    if not whole:
+        assert pinned
+        raise InexactAccumulation(
+            f"{coupled} computes its statistics over the rows it sees, so micro-batches would change the "
+            f"gradient: leave micro_batch_size out (memfit then keeps the batch of {profiled.rows} whole and "
+            "recomputes instead), or put the layer into eval mode",
+            owner=coupled,
+        )
+    return replace(profiled, graphs=whole)

@@ -1,0 +1,66 @@
+"""Seconds and inner temporaries of ops at one micro-batch size, from measurements at two others.
+
+Both grow about as ``fixed + per_row * rows``. Ops that look alike (same op, same shapes) in one run are one
+measurement repeated, so they share the median: otherwise a plan would be chosen by noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from memfit.core.graph import OpKey, StepGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What each op of a run of ``rows`` rows took, by call site."""
+
+    rows: int
+    seconds: dict[OpKey, float]
+    temporary_bytes: dict[OpKey, int]
+
+
+def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequence[int | None]) -> Measured:
+    """Reads a recorded run: medians over ops that look alike, and what each allocated beyond its outputs."""
+    alike: dict[Hashable, list[float]] = defaultdict(list)
+    for op, signature in zip(graph.ops, signatures, strict=True):
+        alike[signature].append(op.seconds)
+    medians = {signature: statistics.median(seconds) for signature, seconds in alike.items()}
+    temporary_bytes = {}
+    for op, peak_bytes in zip(graph.ops, peaks_bytes, strict=True):
+        # A sum that autograd does in place shows its output here and has none in the graph.
+        if peak_bytes is not None and (op.allocates or ".add." not in op.key.op):
+            made_bytes = sum(graph.storages[s].size_bytes for s in op.allocates)
+            temporary_bytes[op.key] = max(0, peak_bytes - made_bytes)
+    seconds = {op.key: medians[s] for op, s in zip(graph.ops, signatures, strict=True)}
+    return Measured(graph.rows, seconds, temporary_bytes)
+
+
+def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
+    """The graph with seconds and temporaries carried over from two measured sizes (or twice the same).
+
+    An op neither run saw keeps what it has.
+    """
+    ops = []
+    for op in graph.ops:
+        if op.key in large.seconds:
+            one, two = small.seconds.get(op.key, large.seconds[op.key]), large.seconds[op.key]
+            op = replace(op, seconds=_line(small.rows, one, large.rows, two, graph.rows))
+        if op.key in large.temporary_bytes:
+            most = large.temporary_bytes[op.key]
+            least = small.temporary_bytes.get(op.key, most)
+            grown = _line(small.rows, least, large.rows, most, graph.rows)
+            op = replace(op, temporary_bytes=round(grown))
+        ops.append(op)
+    return replace(graph, ops=tuple(ops))
+
+
+def _line(rows_a: int, a: float, rows_b: int, b: float, rows: int) -> float:
+    """The line through two points, never falling and never below nothing."""
+    if rows_a == rows_b:
+        return b * max(1.0, rows / rows_b)
+    slope = max(0.0, (b - a) / (rows_b - rows_a))
+    return max(0.0, b + slope * (rows - rows_b))

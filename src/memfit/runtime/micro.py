@@ -1,0 +1,37 @@
+"""One micro-batch: the loss, checked and weighted. Recording and running share it, so they agree to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | None) -> Tensor:
+    """The loss of one micro-batch times its weight in the effective batch; None: it is the whole batch.
+
+    Raises:
+        TypeError: ``loss_fn`` returned something else than a tensor.
+        ValueError: The loss is not one number, or has no graph to go backward through.
+    """
+    loss = loss_fn(model, part)
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}, not a tensor: return the scalar loss itself "
+            "(for a transformers output, output.loss)"
+        )
+    if loss.numel() != 1 or loss.dim() > 1:
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not one number: reduce it with .mean() "
+            "or .sum()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no graph: no parameter that requires a gradient led to it. Do not call .detach(), "
+            ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
+        )
+    loss = loss.reshape(())
+    return loss if weight is None else loss * weight

@@ -1,0 +1,82 @@
+"""Leaves the world as it was: random numbers, gradients, buffers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class RandomStreams:
+    """The states of all default generators: torch on each device, Python, NumPy."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def now() -> RandomStreams:
+        """The present states."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return RandomStreams(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+
+    def restore(self) -> None:
+        """Puts the states back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+@contextmanager
+def same_random_streams() -> Iterator[None]:
+    """The body draws random numbers that nobody will miss."""
+    streams = RandomStreams.now()
+    try:
+        yield
+    finally:
+        streams.restore()
+
+
+class Snapshot:
+    """Random streams, buffers and gradients of a model, to run a step again from its start."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._streams = RandomStreams.now()
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._gradients = [
+            (p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
+        ]
+
+    def restore(self) -> None:
+        """Puts everything back, in the same tensors."""
+        self._streams.restore()
+        with torch.no_grad():
+            for buffer, content in self._buffers:
+                buffer.copy_(content)
+            for parameter, gradient, content in self._gradients:
+                parameter.grad = gradient
+                if gradient is not None and content is not None:
+                    gradient.copy_(content)
+
+
+@contextmanager
+def no_gradients(model: nn.Module) -> Iterator[None]:
+    """The body may fill ``.grad``; afterwards the former gradients are back."""
+    former = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in former:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in former:
+            parameter.grad = gradient

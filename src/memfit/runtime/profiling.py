@@ -1,0 +1,358 @@
+"""Profiles a training step: what it does at each micro-batch size, and what that costs.
+
+Note [Profiling]
+ 1. Shapes, bytes and lives come from fake tensors, at the true sizes, without memory. A model that reads
+    its data (``.item()``, ``nonzero``) is recorded really, at a few rows, and its bytes are scaled.
+ 2. Seconds and the temporaries inside operators come from two real steps of a few rows, where there is a
+    real model and they fit ``limit_bytes``; elsewhere from a roofline, and temporaries are not known.
+ 3. Nothing is left behind: parameters, buffers, attributes, gradients and random streams are as before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
+from memfit.core.costs import Measured, measured, with_costs
+from memfit.core.graph import Profile, Residents, StepGraph, Storage
+from memfit.core.timeline import run as simulate_run
+from memfit.errors import UnsupportedModel
+from memfit.runtime.batch import rows_of, split, tensors_of
+from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for, untouched
+from memfit.runtime.meter import resident_bytes
+from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.preserve import Snapshot, no_gradients, same_random_streams
+from memfit.runtime.probe import Probe, Roofline, RooflineProbe, probe_for
+from memfit.runtime.record import Recording, record, record_update
+
+_log = logging.getLogger("memfit")
+
+REPLAY_OVERHEAD_S = 1.5e-5  # of one replayed op, its record included: benchmarks/overhead.py
+_CUDA_BLOCK_BYTES = 512
+_FEW_ROWS = 4
+
+
+class Job(NamedTuple):
+    """A model with its loss and batch: what is profiled."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    batch: Any
+    optimizer: torch.optim.Optimizer | None
+
+
+def profile(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    micro_batch_size: int | None = None,
+    limit_bytes: int | None = None,
+    device: Roofline | None = None,
+) -> Profile:
+    """What one step of the effective batch does, at every micro-batch size worth considering.
+
+    Args:
+        model: Real, fake or on ``meta``; on one device.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``.
+        batch: The effective batch; its tensors share the first dimension, the rows.
+        optimizer: Counts its state and its step into the peak.
+        micro_batch_size: Only this size.
+        limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
+        device: Speeds for a model without data; default a large accelerator.
+
+    Raises:
+        ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable.
+        InexactAccumulation: The rows of the batch do not agree.
+        UnsupportedModel: Parameters on several devices.
+    """
+    place = check_model(model)
+    rows = rows_of(batch)
+    job = Job(model, loss_fn, batch, optimizer)
+    counts = _counts(rows, micro_batch_size)
+    with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
+        recordings, residents, update = _record_all(job, rows, counts, device)
+        sizes = _measurable(recordings, residents, rows, limit_bytes)
+        real = not any(is_fake(p) for p in model.parameters())
+        with _contents_of(model):
+            points = _measure(job, place, sizes) if real else None
+    graphs = [r.graph if points is None else with_costs(r.graph, *points) for r in recordings]
+    return Profile(
+        rows=rows,
+        graphs=tuple(graphs),
+        residents=residents,
+        update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
+        update_s=update.seconds,
+        alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
+        replay_overhead_s=REPLAY_OVERHEAD_S,
+        source="roofline" if points is None else f"measured at {points[0].rows} and {points[1].rows} rows",
+    )
+
+
+def check_model(model: nn.Module) -> torch.device:
+    """The device the model trains on.
+
+    Raises:
+        ValueError: Nothing is trainable.
+        UnsupportedModel: Its parameters are on several devices.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train: "
+            "call requires_grad_() on what is to be trained"
+        )
+    places = {p.device: name for name, p in model.named_parameters()}
+    if len(places) > 1:
+        (one, first), (other, second), *_ = places.items()
+        raise UnsupportedModel(
+            f"'{first}' is on {one} and '{second}' on {other}: memfit plans one device. Move the model with "
+            "model.to(device)",
+            owner=second,
+        )
+    return next(iter(places))
+
+
+def _counts(rows: int, micro_batch_size: int | None) -> tuple[int, ...]:
+    """Numbers of micro-batches to look at."""
+    if micro_batch_size is None:
+        return candidate_part_counts(rows)
+    if isinstance(micro_batch_size, bool) or not 1 <= micro_batch_size <= rows:
+        raise ValueError(
+            f"micro_batch_size is {micro_batch_size}, and the batch has {rows} rows: give 1 to {rows}"
+        )
+    return (len(parts_for(rows, micro_batch_size)),)
+
+
+class _Update(NamedTuple):
+    """What ``optimizer.step()`` takes: bytes above its start, bytes that stay, seconds."""
+
+    peak_bytes: int = 0
+    net_bytes: int = 0
+    seconds: float = 0.0
+
+
+def _record_all(
+    job: Job, rows: int, counts: tuple[int, ...], device: Roofline | None
+) -> tuple[list[Recording], Residents, _Update]:
+    """Every size on fake tensors, or really at few rows where fakes do not do."""
+    try:
+        return _record_fakes(job, rows, counts, device or Roofline())
+    except _USERS_FAULTS:
+        raise
+    except Exception as error:
+        if any(is_fake(p) for p in job.model.parameters()):
+            raise UnsupportedModel(
+                f"the model cannot be planned without its data ({type(error).__name__}: {error}); build it for "
+                "real and profile that",
+                owner=type(job.model).__name__,
+            ) from error
+        _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
+        with _contents_of(job.model):
+            return _record_really(job, rows, counts)
+
+
+_USERS_FAULTS = (TypeError, ValueError)
+
+
+def _record_fakes(
+    job: Job, rows: int, counts: tuple[int, ...], device: Roofline
+) -> tuple[list[Recording], Residents, _Update]:
+    """Records every size at once, without memory."""
+    faker = Faker(mode_for(job.model))
+    # Under a fake mode of the caller everything is fake already.
+    with faked(job.model, faker), _entered(faker):
+        batch = faker.batch(job.batch)
+        recordings = []
+        for count in counts:
+            _prepare_gradients(job.model, resident=count > 1)
+            recordings.append(_record_one(job, batch, rows, count, RooflineProbe(device), resident=count > 1))
+        _prepare_gradients(job.model, resident=True)
+        update = _Update()
+        if job.optimizer is not None:
+            update = _Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, device))
+        residents = _residents(job, batch, update)
+    return recordings, residents, update
+
+
+@contextmanager
+def _contents_of(model: nn.Module) -> Iterator[None]:
+    """A real run in the body writes to buffers; afterwards they hold what they held."""
+    snapshot = Snapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+@contextmanager
+def _entered(faker: Faker) -> Iterator[None]:
+    """The fake mode, unless the caller is in it."""
+    active = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if active is faker.mode:
+        yield
+    else:
+        with faker.mode:
+            yield
+
+
+def _record_one(
+    job: Job, batch: Any, rows: int, count: int, probe: Probe, *, resident: bool, hold_saved: bool = False
+) -> Recording:
+    """Records the largest micro-batch of ``count``."""
+    sizes = balanced_parts(rows, count)
+    part = split(batch, sizes)[0]
+    weight = None if count == 1 else sizes[0] / rows
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    externals = [
+        *job.model.parameters(),
+        *job.model.buffers(),
+        *gradients,
+        *(t for _, t in tensors_of(batch)),
+    ]
+    return record(
+        job.model,
+        lambda: weighted_loss(job.model, job.loss_fn, part, weight),
+        externals,
+        probe,
+        rows=sizes[0],
+        gradients_resident=resident,
+        hold_saved=hold_saved,
+    )
+
+
+def _prepare_gradients(model: nn.Module, *, resident: bool) -> None:
+    """Gives the parameters gradients, or takes them away."""
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if resident and parameter.requires_grad else None
+
+
+def _record_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, device: Roofline
+) -> tuple[int, int, float]:
+    """Peak, net bytes and seconds of a first ``optimizer.step()`` on fakes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    try:
+        graph = record_update(
+            model,
+            lambda: optimizer.step(),
+            [*parameters, *(p.grad for p in parameters if p.grad is not None)],
+            RooflineProbe(device),
+        )
+    except Exception as error:  # an optimizer of the user's own may do what fakes cannot
+        _log.info("the optimizer cannot be recorded (%s); assuming two states and a copy", error)
+        size_bytes = resident_bytes(parameters)
+        return 3 * size_bytes, 2 * size_bytes, 0.0
+    peak_bytes = max((m.total_bytes for m in simulate_run(graph).moments), default=0)
+    net_bytes = sum(s.size_bytes for s in graph.storages if s.persists)
+    return max(peak_bytes, net_bytes), net_bytes, graph.seconds
+
+
+def _residents(job: Job, batch: Any, update: _Update) -> Residents:
+    """What is alive throughout; gradients as they are now."""
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    place = next(job.model.parameters()).device
+    return Residents(
+        parameters_bytes=resident_bytes([*job.model.parameters(), *job.model.buffers()]),
+        gradients_bytes=resident_bytes(gradients),
+        optimizer_bytes=update.net_bytes,
+        batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
+    )
+
+
+def _record_really(
+    job: Job, rows: int, counts: tuple[int, ...]
+) -> tuple[list[Recording], Residents, _Update]:
+    """Records one real micro-batch of few rows and scales its bytes to every size."""
+    few = min(_FEW_ROWS, rows)
+    place = next(job.model.parameters()).device
+    part = split(job.batch, (few, rows - few))[0] if few < rows else job.batch
+    recordings = []
+    for resident in (False, True):
+        _prepare_gradients(job.model, resident=resident)
+        small = job._replace(batch=part)
+        recordings.append(_record_one(small, part, few, 1, probe_for(place)(), resident=resident))
+    _prepare_gradients(job.model, resident=True)
+    update = _Update()
+    if job.optimizer is not None:
+        faker = Faker(mode_for(job.model))
+        with faked(job.model, faker), _entered(faker):
+            _prepare_gradients(job.model, resident=True)
+            update = _Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
+    residents = _residents(job, job.batch, update)
+    _prepare_gradients(job.model, resident=False)
+    scaled = []
+    for count in counts:
+        model_run = recordings[count > 1]
+        size = balanced_parts(rows, count)[0]
+        scaled.append(model_run._replace(graph=_scaled(model_run.graph, size)))
+    return scaled, residents, update
+
+
+def _scaled(graph: StepGraph, rows: int) -> StepGraph:
+    """A graph of few rows blown up: every storage that is not a gradient grows with the rows."""
+    factor = rows / graph.rows
+    storages = tuple(
+        s if s.persists else Storage(round(s.size_bytes * factor), s.persists) for s in graph.storages
+    )
+    ops = tuple(replace(op, seconds=op.seconds * factor) for op in graph.ops)
+    return replace(graph, rows=rows, storages=storages, ops=ops)
+
+
+def _measurable(
+    recordings: list[Recording], residents: Residents, rows: int, limit_bytes: int | None
+) -> tuple[int, int]:
+    """Two numbers of rows at which a plain step can be measured in the memory there is."""
+    if limit_bytes is None:
+        return max(1, min(_FEW_ROWS, rows) // 2), min(_FEW_ROWS, rows)
+    smallest = min(recordings, key=lambda r: r.graph.rows).graph
+    largest = max(recordings, key=lambda r: r.graph.rows).graph
+    low_bytes, high_bytes = (simulate_run(g).peak.total_bytes for g in (smallest, largest))
+    per_row = (high_bytes - low_bytes) / max(1, largest.rows - smallest.rows)
+    free_bytes = limit_bytes - residents.total_bytes - low_bytes
+    fitting = smallest.rows + int(max(0.0, free_bytes) / per_row) if per_row > 0 else rows
+    most = max(1, min(rows, fitting, 4 * _FEW_ROWS))
+    return max(1, most // 2), most
+
+
+def _measure(job: Job, place: torch.device, sizes: tuple[int, int]) -> tuple[Measured, Measured] | None:
+    """Two real steps of few rows; None where they cannot be run."""
+    points = []
+    for few in sizes:
+        rows = rows_of(job.batch)
+        part = split(job.batch, (few, rows - few))[0] if few < rows else job.batch
+        make = _once_warm(job, part, few, probe_for(place))
+        try:
+            recording = make()
+        except (RuntimeError, ValueError) as error:
+            _log.info("no measurement at %d rows: %s", few, error)
+            continue
+        points.append(measured(recording.graph, recording.signatures, recording.peaks))
+    return (points[0], points[-1]) if points else None
+
+
+def _once_warm(job: Job, part: Any, few: int, make_probe: Callable[[], Probe]) -> Callable[[], Recording]:
+    """Runs a step twice and keeps the second: the first pays for what is built once."""
+
+    def make() -> Recording:
+        recording = None
+        for _ in range(2):
+            _prepare_gradients(job.model, resident=False)
+            small = job._replace(batch=part)
+            recording = _record_one(small, part, few, 1, make_probe(), resident=False, hold_saved=True)
+        _prepare_gradients(job.model, resident=False)
+        assert recording is not None
+        return recording
+
+    return make

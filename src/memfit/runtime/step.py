@@ -1,0 +1,201 @@
+"""Runs the effective batch as its plan says, and holds the plan to its promise.
+
+Note [Promise]
+ 1. The first steps are metered by the allocator's own account. What a later step would also hold
+    (optimizer state that is not born yet) is added before comparing.
+ 2. Above the prediction: the difference goes into the profile, and the plan is made again from it.
+ 3. Above the budget: the same batch runs again under the new plan, from its start: random streams,
+    buffers and gradients are put back. The user sees one step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memfit.core.batching import parts_for
+from memfit.core.graph import Profile
+from memfit.core.plan import Plan
+from memfit.errors import InexactAccumulation, VerificationFailed
+from memfit.runtime.batch import rows_of, split, tensors_of
+from memfit.runtime.count import Counter, weights
+from memfit.runtime.meter import PeakMeter, resident_bytes
+from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.preserve import Snapshot
+from memfit.runtime.replay import Replayer, decisions_of
+from memfit.units import format_bytes
+
+_log = logging.getLogger("memfit")
+
+_VERIFIED_STEPS = 2  # the second finds gradients or optimizer state that the first did not have
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the allocator said of a step, beside what the plan had promised.
+
+    Attributes:
+        attempts: How often the batch was run; above 1 a broken promise was mended by planning again.
+    """
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    budget_bytes: int
+    attempts: int
+
+    @property
+    def held(self) -> bool:
+        """Whether the measured peak stayed within the budget."""
+        return self.measured_peak_bytes <= self.budget_bytes
+
+    def __str__(self) -> str:
+        """One line for people."""
+        word = "held" if self.held else "BROKEN"
+        return (
+            f"budget {format_bytes(self.budget_bytes)} {word}: predicted "
+            f"{format_bytes(self.predicted_peak_bytes)}, measured {format_bytes(self.measured_peak_bytes)}"
+        )
+
+
+class Step:
+    """One call runs forward and backward of an effective batch; made by :func:`memfit.fit`.
+
+    Attributes:
+        plan: The plan in use.
+        profile: What it was made from.
+        verdict: The last measurement, None before the first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        plan: Plan,
+        profile: Profile,
+        *,
+        counter: Counter | None,
+        optimizer: torch.optim.Optimizer | None,
+        find: Callable[[Profile], Plan],
+    ) -> None:
+        self.plan = plan
+        self.profile = profile
+        self.verdict: Verdict | None = None
+        self._model = model
+        self._loss_fn = loss_fn
+        self._counter = counter
+        self._optimizer = optimizer
+        self._find = find
+        self._decisions = decisions_of(plan.recompute)
+        self._unverified = _VERIFIED_STEPS
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
+
+        Raises:
+            InexactAccumulation: The batch cannot be split.
+            ValueError: The batch is empty, or the loss is no scalar.
+            VerificationFailed: The peak broke the budget, and planning again could not mend it.
+        """
+        if self._unverified and not torch._C._autograd._profiler_enabled():
+            self._unverified -= 1
+            return self._run_verified(batch)
+        return self._run(batch)
+
+    def _run(self, batch: Any) -> Tensor:
+        """Every micro-batch in turn."""
+        parts = self._parts(batch)
+        if len(parts) == 1:
+            return self._run_part(parts[0], None)
+        if self._counter is None:
+            raise InexactAccumulation(
+                "no known weights make the losses of the micro-batches add up to the loss of the batch: give "
+                f"count= a function, or micro_batch_size={rows_of(batch)} to keep the batch whole",
+                owner="loss_fn",
+            )
+        total: Tensor | None = None
+        for part, weight in zip(parts, weights(self._counter, parts), strict=True):
+            if weight == 0:  # no valid label: its mean is not a number, its share is nothing
+                continue
+            loss = self._run_part(part, weight)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def _parts(self, batch: Any) -> list[Any]:
+        """The micro-batches of any batch, a short last one too."""
+        if self.plan.gradient_accumulation_steps == 1 and self._counter is None:
+            return [batch]
+        rows = rows_of(batch)
+        return split(batch, parts_for(rows, min(rows, self.plan.micro_batch_size)))
+
+    def _run_part(self, part: Any, weight: float | None) -> Tensor:
+        """Forward under the plan, then backward. Without a plan no mode is entered."""
+        with Replayer(self._model, self._decisions) if self._decisions else nullcontext():
+            loss = weighted_loss(self._model, self._loss_fn, part, weight)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    # ---- the promise --------------------------------------------------------------------------------
+
+    def _run_verified(self, batch: Any) -> Tensor:
+        """A step under the meter; see Note [Promise]."""
+        snapshot = Snapshot(self._model)
+        for attempt in range(1, _ATTEMPTS + 1):
+            loss, measured_bytes = self._metered(batch)
+            self.verdict = Verdict(
+                self.plan.predicted_peak_bytes, measured_bytes, self.plan.budget_bytes, attempt
+            )
+            excess_bytes = measured_bytes - self.plan.predicted_peak_bytes
+            if excess_bytes <= 0:
+                return loss
+            _log.info("%s; planning again", self.verdict)
+            unexplained_bytes = self.profile.unexplained_bytes + excess_bytes
+            self.profile = replace(self.profile, unexplained_bytes=unexplained_bytes)
+            self.plan = self._find(self.profile)
+            self._decisions = decisions_of(self.plan.recompute)
+            if self.verdict.held:
+                return loss
+            del loss
+            snapshot.restore()
+        assert self.verdict is not None
+        raise VerificationFailed(
+            f"{self.verdict}, after planning {_ATTEMPTS} times. The gradients are as before the step. Give more "
+            "memory, or report the model",
+            predicted_bytes=self.verdict.predicted_peak_bytes,
+            measured_bytes=self.verdict.measured_peak_bytes,
+            budget_bytes=self.verdict.budget_bytes,
+        )
+
+    def _metered(self, batch: Any) -> tuple[Tensor, int]:
+        """The loss, and the peak of everything on the device as it will be once the optimizer has stepped."""
+        parameters = list(self._model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        place = parameters[0].device
+        state_bytes = resident_bytes(_state_of(self._optimizer, place))
+        resident = resident_bytes(
+            [
+                *parameters,
+                *self._model.buffers(),
+                *gradients,
+                *(t for _, t in tensors_of(batch) if t.device == place),
+            ]
+        )
+        with PeakMeter(place, held=gradients) as meter:
+            loss = self._run(batch)
+        expected_bytes = max(state_bytes, self.profile.residents.optimizer_bytes)
+        return loss, resident + expected_bytes + meter.peak_bytes
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None, place: torch.device) -> list[Tensor]:
+    """The tensors an optimizer holds on a device."""
+    if optimizer is None:
+        return []
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in states if isinstance(value, Tensor) and value.device == place]
