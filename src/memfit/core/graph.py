@@ -48,10 +48,10 @@ class LogKind(IntEnum):
 
 
 class LogEntry(NamedTuple):
-    """One moment of the step: ``index`` is of an op, a save or a storage, as ``kind`` says."""
+    """One moment of the step: ``item`` is the number of an op, a save or a storage, as ``kind`` says."""
 
     kind: int
-    index: int
+    item: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ from scipy.sparse import csr_array, hstack
 from memfit.core.graph import LogKind, StepGraph
 from memfit.core.timeline import droppable
 
-
 FloatArray = NDArray[np.float64]
 
 # The tree is cut by its size, so that a plan does not depend on the machine; time only guards against hangs.

@@ -79,7 +79,7 @@ class Plan:
         if self.recompute:
             share = self.recompute_s / max(self.forward_s, 1e-12)
             lines.append(
-                f"recomputes {self.recomputes} tensors ({format_bytes(self.recomputed_bytes)} a micro-batch), "
+                f"recomputes {self.recomputes} tensors ({format_bytes(self.recomputed_bytes)} each time), "
                 f"{share:.1%} of a forward; at most {self.optimality_gap:.2%} of a step from the best plan "
                 "of this kind"
             )
@@ -301,7 +301,7 @@ def _ranked(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) 
 
 def _least(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -> Plan:
     """The plan of least peak, if it fits. See Note [Search] 4."""
-    plans = []
+    plans: list[Plan] = []
     for graph in {min(graphs, key=lambda g: g.rows), max(graphs, key=lambda g: g.rows)}:
         candidate = _Candidate(profile, graph, budget_bytes, _program(profile, graph), 0.0)
         assert candidate.program is not None
@@ -313,9 +313,10 @@ def _least(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -
     needed_bytes = least.predicted_peak_bytes
     raise InfeasibleBudget(
         f"no plan fits {format_bytes(budget_bytes)} ({budget_bytes:,} B): the smallest memory that works is "
-        f"{needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, gradients, "
-        f"optimizer state and batch alone take {format_bytes(profile.residents.total_bytes)}. Raise the memory "
-        f"by {needed_bytes - budget_bytes:,} B, or make the model, the rows or the optimizer state smaller.",
+        f"{needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "
+        "gradients, optimizer state and batch alone take "
+        f"{format_bytes(profile.residents.total_bytes)}. Raise the memory by "
+        f"{needed_bytes - budget_bytes:,} B, or make the model, the rows or the optimizer state smaller.",
         budget_bytes=budget_bytes,
         needed_bytes=needed_bytes,
         owner=least.peak_owner,

@@ -114,8 +114,8 @@ def _labels_of(part: Any) -> Tensor:
     ]
     if len(found) != 1:
         raise InexactAccumulation(
-            f"the batch has {len(found)} leaves called labels, label or targets, so its labels cannot be counted: "
-            "give count= a function micro_batch -> number of labels",
+            f"the batch has {len(found)} leaves called labels, label or targets, so its labels cannot be "
+            "counted: give count= a function micro_batch -> number of labels",
             owner="batch",
         )
     return found[0]

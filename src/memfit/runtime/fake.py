@@ -48,7 +48,7 @@ def mode_for(model: nn.Module) -> FakeTensorMode:
     """The mode the model's tensors were made in, or a new one."""
     for tensor in model.parameters():
         if isinstance(tensor, FakeTensor):
-            return tensor.fake_mode  # type: ignore[no-any-return]
+            return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -1,4 +1,4 @@
-"""One micro-batch: the loss, checked and weighted. Recording and running share it, so they agree to the byte."""
+"""One micro-batch: the loss, checked and weighted. Recording and running share it, to the byte."""
 
 from __future__ import annotations
 

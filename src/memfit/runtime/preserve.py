@@ -63,10 +63,10 @@ class Snapshot:
         with torch.no_grad():
             for buffer, content in self._buffers:
                 buffer.copy_(content)
-            for parameter, gradient, content in self._gradients:
+            for parameter, gradient, values in self._gradients:
                 parameter.grad = gradient
-                if gradient is not None and content is not None:
-                    gradient.copy_(content)
+                if gradient is not None and values is not None:
+                    gradient.copy_(values)
 
 
 @contextmanager

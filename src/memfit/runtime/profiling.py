@@ -107,8 +107,8 @@ def check_model(model: nn.Module) -> torch.device:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
-            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train: "
-            "call requires_grad_() on what is to be trained"
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
+            "train: call requires_grad_() on what is to be trained"
         )
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
@@ -151,8 +151,8 @@ def _record_all(
     except Exception as error:
         if any(is_fake(p) for p in job.model.parameters()):
             raise UnsupportedModel(
-                f"the model cannot be planned without its data ({type(error).__name__}: {error}); build it for "
-                "real and profile that",
+                f"the model cannot be planned without its data ({type(error).__name__}: {error}); build it "
+                "for real and profile that",
                 owner=type(job.model).__name__,
             ) from error
         _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)

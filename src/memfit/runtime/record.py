@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
     """The dispatch mode that writes the log. See Note [Recording]."""
 
     def __init__(self, sites: CallSites[None], probe: Probe, *, hold_saved: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sites = sites
         self._probe = probe
         self._hold_saved = hold_saved
@@ -359,7 +359,7 @@ def sum_in_place(graph: StepGraph) -> StepGraph:
             (made,) = graph.ops[index].allocates
             ops[index] = replace(graph.ops[index], allocates=())
             log[dying] = _NOTHING
-            same[made] = same.get(graph.log[dying].index, graph.log[dying].index)
+            same[made] = same.get(graph.log[dying].item, graph.log[dying].item)
     moved = (
         LogEntry(kind, same.get(index, index)) if kind == LogKind.FREE else LogEntry(kind, index)
         for kind, index in log

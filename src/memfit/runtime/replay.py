@@ -150,7 +150,7 @@ class Replayer(TorchDispatchMode):
     """The forward of one micro-batch under a plan; use as a context manager around the forward only."""
 
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._sites: CallSites[Mapping[OpOverload, Mapping[int, frozenset[int]]]] = CallSites(
             model, decisions
@@ -165,13 +165,13 @@ class Replayer(TorchDispatchMode):
     def __enter__(self) -> Replayer:
         self._stack.enter_context(self._sites)
         self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._stack.close()
         self._dropped.clear()
         self._held.clear()

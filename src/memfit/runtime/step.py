@@ -139,7 +139,7 @@ class Step:
         """Forward under the plan, then backward. Without a plan no mode is entered."""
         with Replayer(self._model, self._decisions) if self._decisions else nullcontext():
             loss = weighted_loss(self._model, self._loss_fn, part, weight)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     # ---- the promise --------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ class Step:
             snapshot.restore()
         assert self.verdict is not None
         raise VerificationFailed(
-            f"{self.verdict}, after planning {_ATTEMPTS} times. The gradients are as before the step. Give more "
-            "memory, or report the model",
+            f"{self.verdict}, after planning {_ATTEMPTS} times. The gradients are as before the step. Give "
+            "more memory, or report the model",
             predicted_bytes=self.verdict.predicted_peak_bytes,
             measured_bytes=self.verdict.measured_peak_bytes,
             budget_bytes=self.verdict.budget_bytes,
