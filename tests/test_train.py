@@ -127,7 +127,9 @@ def test_resuming_a_run_that_is_done_changes_nothing(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_micro_batch_of_its_plan(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *MEMFIT, steps=3) == 0
     assert train(tmp_path / "run", "--memory", "2GiB", "--resume", steps=6) == 0
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch_size"] == 4
+    stored = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert stored["micro_batch_size"] == 3  # six rows in parts of at most four: two equal ones
+    assert stored["budget_bytes"] == 2 * 2**30
 
 
 def test_memfit_trains_to_the_losses_of_the_plain_run(tmp_path: Path) -> None:
@@ -164,3 +166,11 @@ def test_a_plan_is_printed_without_building_the_model(capsys: Captured) -> None:
     assert plan["budget_bytes"] == 2**30
     assert main(["plan", "jobs:tiny", "--memory", "1GiB"]) == 0
     assert "fits into 1.00 GiB" in capsys.readouterr().out
+
+
+def test_a_plan_keeps_the_batch_whole_where_a_layer_looks_across_its_rows(capsys: Captured) -> None:
+    images = "memfit.workloads.images:workload"
+    assert main(["plan", images, "--batch-size", "8", "--memory", "76MiB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["micro_batch_size"] == 8
+    assert plan["recompute"]

@@ -206,6 +206,8 @@ def _plan(
         workload.model.train()
         batch = next(workload.batches_from(0))
         recorded = profile(workload.model, workload.loss_fn, batch, optimizer=workload.optimizer)
+    if micro_batch_size is None and any(graph.coupled for graph in recorded.graphs):
+        micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")
     return find_plan(recorded, memory=memory, micro_batch_size=micro_batch_size)
 

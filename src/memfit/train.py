@@ -47,7 +47,7 @@ from memfit.workload import Workload, load_target
 
 # Words that torch, oneDNN and the C++ library use when memory ends.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
-_WARM_STEPS = 2  # steps of a process that say nothing about speed: verified, metered, caches cold
+_WARM_STEPS = 3  # steps of a process that say nothing about speed: verified, metered, caches cold
 
 
 class RanOutOfMemory(RuntimeError):
@@ -306,12 +306,12 @@ def _position(run: _Run, done: int) -> Position:
 def _is_metered(run: _Run, number: int) -> bool:
     """Returns whether the allocator's account of step ``number`` is taken.
 
-    The second step is the first with optimizer state from its start. A plain run has nobody else who
-    measures its first step; memfit's measures itself. The account is kept in memory, so there is none under
-    a hard cap.
+    A plain step is metered twice, for the second is the first with optimizer state from its start. memfit
+    meters its own first two, so its third is metered here, the update included. The account is kept in
+    memory, so there is none under a hard cap.
     """
     nth = number - run.position.step
-    return run.options.hard_cap_bytes is None and (nth == 2 or (nth == 1 and run.step is None))
+    return run.options.hard_cap_bytes is None and nth in ((1, 2) if run.step is None else (3,))
 
 
 def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:

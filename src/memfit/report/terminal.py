@@ -139,10 +139,12 @@ class TerminalWatcher:
         self._console.print(Text(text, style="dim"))
 
     def planned(self, plan: Plan) -> None:
-        """Prints the plan."""
-        again = "Planned again" if self._plan is not None else "Plan"
+        """Prints the plan, in one line if it corrects an earlier one."""
+        if self._plan is None:
+            self._console.print(plan_table(plan, "Plan"))
+        else:
+            self.said(f"planned again from what was measured: {plan_verdict(plan, 'the step')}")
         self._plan = plan
-        self._console.print(plan_table(plan, again))
 
     def stepped(self, report: StepReport) -> None:
         """Shows one step done."""
