@@ -127,6 +127,7 @@ class _Walk:
         self.unpacked: set[int] = set()
         self.activations = self.replayed = self.gradients = self.temporaries = 0
         self.first_backward = graph.forward_ops
+        self.is_forward = True
         self.maker = [0] * len(self.sizes)
         for index, op in enumerate(graph.ops):
             for storage in op.allocates:
@@ -275,10 +276,12 @@ class _Walk:
             producer = self.graph.values[value].producer
             if self.made[value]:
                 self.replayed -= self.sizes[self.graph.values[value].storage]
-            elif producer in self.pending and not any(
-                self.wanted[v] for v in self.graph.ops[producer].outputs
-            ):
+            elif not self.is_forward and self._is_unwanted(producer):
                 stack.extend(self._abandon(producer))
+
+    def _is_unwanted(self, op: int) -> bool:
+        """Whether an op waits to be replayed and nobody wants an output of it."""
+        return op in self.pending and not any(self.wanted[v] for v in self.graph.ops[op].outputs)
 
     def _abandon(self, op: int) -> list[int]:
         """A record nobody needs is gone; returns the dropped values it wanted."""
@@ -291,8 +294,9 @@ class _Walk:
 
     def end_forward(self) -> None:
         """The forward kept every record; now those of which nobody wants an output go."""
+        self.is_forward = False
         for op in sorted(self.pending, reverse=True):
-            if op in self.pending and not any(self.wanted[v] for v in self.graph.ops[op].outputs):
+            if self._is_unwanted(op):
                 for value in self._abandon(op):
                     self._unwant(value)
 
