@@ -254,8 +254,11 @@ class Profile:
             ValueError: The text is not a profile of this version.
         """
         data = _checked(text, "profile")
-        graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
-        return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
+        try:
+            graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
+            return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a memfit profile: {error}") from None
 
 
 def _op_from_row(row: list[Any]) -> Op:

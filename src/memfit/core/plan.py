@@ -99,10 +99,10 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
-        keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
         try:
+            keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             return Plan(recompute=keys, **data)
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit plan: {error}") from None
 
 
