@@ -172,9 +172,9 @@ def rarely(strategy: st.SearchStrategy[int]) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def pieces(draw: st.DrawFn, most: int) -> tuple[Piece, ...]:
-    """The ops of a random step."""
-    sizes = st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple)
+def pieces(draw: st.DrawFn, most: int, *, tidy: bool = False) -> tuple[Piece, ...]:
+    """The ops of a random step. ``tidy``: all nodes save something, and the backward runs all of them."""
+    sizes = st.lists(st.integers(int(tidy), 40), min_size=1, max_size=3).map(tuple)
     one = st.builds(
         Piece,
         reads=st.lists(PICKS, min_size=1, max_size=3).map(tuple),
@@ -185,14 +185,14 @@ def pieces(draw: st.DrawFn, most: int) -> tuple[Piece, ...]:
         seconds=SECONDS,
         temporary_bytes=rarely(st.integers(1, 30)),
         saves_inputs=st.booleans(),
-        saves_outputs=st.lists(PICKS, max_size=2).map(tuple),
-        frees=st.lists(PICKS, max_size=3).map(tuple),
-        is_dead=st.sampled_from([False] * 7 + [True]),
-        is_skipped=st.sampled_from([False] * 9 + [True]),
-        backward_sizes=st.lists(st.integers(0, 40), min_size=1, max_size=2).map(tuple),
+        saves_outputs=st.lists(PICKS, min_size=int(tidy), max_size=2).map(tuple),
+        frees=st.lists(PICKS, min_size=int(tidy), max_size=3).map(tuple),
+        is_dead=st.just(False) if tidy else st.sampled_from([False] * 7 + [True]),
+        is_skipped=st.just(False) if tidy else st.sampled_from([False] * 9 + [True]),
+        backward_sizes=st.lists(st.integers(0, 40 >> tidy), min_size=1, max_size=2).map(tuple),
         gradient_bytes=rarely(st.integers(1, 20)),
     )
-    return tuple(draw(st.lists(one, min_size=2, max_size=most)))
+    return tuple(draw(st.lists(one, min_size=most - 1 if tidy else 2, max_size=most)))
 
 
 @st.composite
@@ -223,9 +223,9 @@ def graphs_and_choices(draw: st.DrawFn, most: int = 8) -> tuple[StepGraph, froze
 
 
 @st.composite
-def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3) -> Profile:
+def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = False) -> Profile:
     """A random step at one to three micro-batch sizes: all rows at once, then halves, then quarters."""
-    drawn = draw(pieces(most))
+    drawn = draw(pieces(most, tidy=tidy))
     count = draw(st.integers(1, sizes))
     steps = [build(drawn, rows=4 >> halvings, resident=halvings > 0) for halvings in range(count)]
     some = st.integers(0, 50)

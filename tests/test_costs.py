@@ -1,0 +1,103 @@
+"""Costs carried from two measured sizes to a third: lines that never fall, medians that are shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.core.costs import Measured, measured, with_costs
+from memfit.core.graph import Op, OpKey, StepGraph
+from strategies import Piece, build
+
+KEY = OpKey("block.0", "aten.op.default", 0)
+ONE = build((Piece(sizes=(10,)),))  # one forward op, KEY, and two of the backward
+AMOUNTS = st.integers(0, 1000)
+ROWS = st.integers(1, 64)
+
+
+def at(rows: int, seconds: float, temporary_bytes: int = 0) -> Measured:
+    """A run in which the op took this much."""
+    return Measured(rows, {KEY: seconds}, {KEY: temporary_bytes})
+
+
+def costs_at(rows: int, small: Measured, large: Measured) -> Op:
+    """The op as it is expected to be at some rows."""
+    return with_costs(replace(ONE, rows=rows), small, large).ops[0]
+
+
+def timed(*seconds: float) -> StepGraph:
+    """A step whose forward ops took this long."""
+    graph = build(tuple(Piece(sizes=(10 * (i + 1),)) for i in range(len(seconds))))
+    ops = [replace(op, seconds=s) for op, s in zip(graph.ops, seconds, strict=False)]
+    return replace(graph, ops=(*ops, *graph.ops[len(ops) :]))
+
+
+def test_costs_lie_on_the_line_through_both_measurements() -> None:
+    """From (2, 5 s) and (4, 9 s): 2 s a row and 1 s fixed, so 17 s at 8. Bytes: 3 a row, 10 fixed: 34."""
+    found = costs_at(8, at(2, 5.0, 16), at(4, 9.0, 22))
+    assert (found.seconds, found.temporary_bytes) == (17.0, 34)
+
+
+@given(ROWS, AMOUNTS, ROWS, AMOUNTS, ROWS, st.integers(0, 64))
+def test_more_rows_never_cost_less_and_nothing_costs_less_than_nothing(
+    rows_a: int, a: int, rows_b: int, b: int, rows: int, more: int
+) -> None:
+    small, large = sorted([at(rows_a, a, a), at(rows_b, b, b)], key=lambda run: run.rows)
+    fewer, most = costs_at(rows, small, large), costs_at(rows + more, small, large)
+    assert 0 <= fewer.seconds <= most.seconds
+    assert 0 <= fewer.temporary_bytes <= most.temporary_bytes
+
+
+def test_a_larger_run_that_was_faster_gives_a_level_line() -> None:
+    assert [costs_at(rows, at(2, 9.0), at(4, 5.0)).seconds for rows in (1, 4, 40)] == [5.0, 5.0, 5.0]
+
+
+def test_a_line_that_would_go_below_nothing_stops_there() -> None:
+    """From (4, 1 s) and (8, 9 s): 2 s a row, which is nothing at 3.5 rows and less at 2."""
+    assert costs_at(2, at(4, 1.0), at(8, 9.0)).seconds == 0.0
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(2, 6.0), (4, 6.0), (12, 18.0)])
+def test_one_measurement_grows_with_the_rows_and_does_not_shrink(rows: int, seconds: float) -> None:
+    assert costs_at(rows, at(4, 6.0), at(4, 6.0)).seconds == seconds
+
+
+def test_an_op_seen_in_the_large_run_only_counts_as_the_same_in_both() -> None:
+    unseen = Measured(2, {}, {})
+    found = costs_at(8, unseen, at(4, 6.0, 11))
+    assert (found.seconds, found.temporary_bytes) == (6.0, 11)
+
+
+def test_an_op_that_no_run_saw_keeps_what_it_has() -> None:
+    elsewhere = Measured(4, {OpKey("other", "aten.op.default", 0): 6.0}, {})
+    assert with_costs(ONE, elsewhere, elsewhere) == ONE
+
+
+def test_ops_that_look_alike_share_the_median_of_their_seconds() -> None:
+    graph = timed(1.0, 7.0, 2.0, 30.0)
+    found = measured(graph, ["add", "add", "add", "mm", *["other"] * 5], [None] * 9)
+    assert [found.seconds[op.key] for op in graph.ops[:4]] == [2.0, 2.0, 2.0, 30.0]
+
+
+def test_temporaries_are_what_an_op_allocated_beyond_what_it_made() -> None:
+    """The ops make 10 and 20 bytes: peaks of 25 and 12 leave 15, and nothing rather than -8."""
+    graph = timed(1.0, 1.0)
+    found = measured(graph, range(5), [25, 12, None, None, None])
+    assert found.temporary_bytes == {graph.ops[0].key: 15, graph.ops[1].key: 0}
+
+
+def test_a_sum_that_autograd_does_in_place_has_no_temporaries() -> None:
+    """Measured, it makes its output; in the graph it writes over an operand. Another op has what it has."""
+    graph = timed(1.0, 1.0)
+    sum_, other = (replace(op, allocates=()) for op in graph.ops[:2])
+    sum_ = replace(sum_, key=OpKey("", "aten.add.Tensor of AddBackward0", 0))
+    found = measured(replace(graph, ops=(sum_, other, *graph.ops[2:])), range(5), [10, 10, None, None, None])
+    assert found.temporary_bytes == {other.key: 10}
+
+
+def test_a_signature_for_each_op_is_demanded() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        measured(ONE, ["add"], [None] * 3)
