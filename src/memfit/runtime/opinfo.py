@@ -38,6 +38,30 @@ _ATOMIC_ON_CUDA = frozenset(
 )  # fmt: skip
 
 
+# Ops whose result nobody has computed yet. What they hold when it is read may have been written where no
+# dispatch mode sees it (NumPy, ctypes, a Triton kernel), so making it anew would give something else.
+_BLANK = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "zeros",
+        "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "fill_",
+        "zero_",
+    )
+)  # fmt: skip
+
+# In-place ops that write every element and read none of what was there.
+_OVERWRITES_ALL = frozenset(
+    f"aten::{name}_"
+    for name in (
+        "bernoulli", "normal", "uniform", "exponential", "random", "geometric", "cauchy", "log_normal",
+        "copy", "fill", "zero",
+    )
+)  # fmt: skip
+
+# They change what a storage is, not only what it holds.
+_MOVES_STORAGE = frozenset({"aten::resize_", "aten::resize_as_", "aten::set_"})
+
+
 @dataclass(frozen=True, slots=True)
 class OpInfo:
     """Facts of one op overload, the same for every call of it."""
@@ -48,6 +72,8 @@ class OpInfo:
     written: tuple[int, ...]
     written_names: tuple[str, ...]
     is_random: bool
+    makes_blank: bool
+    overwrites_all: bool
     may_replay: bool
     may_replay_on_cuda: bool
 
@@ -60,7 +86,8 @@ def op_info(func: OpOverload) -> OpInfo:
     written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
     tags = set(func.tags)
     dynamic = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
-    may_replay = not dynamic and func.namespace not in {"c10d", "_c10d_functional", "inductor", "prim"}
+    opaque = func.namespace in {"c10d", "_c10d_functional", "inductor", "prim"}
+    may_replay = not dynamic and not opaque and schema.name not in _MOVES_STORAGE
     return OpInfo(
         name=schema.name,
         is_invisible=schema.name in _INVISIBLE or func.namespace == "prim",
@@ -68,6 +95,8 @@ def op_info(func: OpOverload) -> OpInfo:
         written=written,
         written_names=tuple(arguments[i].name for i in written),
         is_random=torch.Tag.nondeterministic_seeded in tags,
+        makes_blank=schema.name in _BLANK,
+        overwrites_all=schema.name in _OVERWRITES_ALL,
         may_replay=may_replay,
         may_replay_on_cuda=may_replay and schema.name not in _ATOMIC_ON_CUDA,
     )
@@ -102,10 +131,35 @@ def declared_writes(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any])
     return found
 
 
+def covers_storage(tensor: Tensor) -> bool:
+    """Whether a tensor without overlaps is the whole of its storage."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def makes_blank(info: OpInfo, written: list[Tensor]) -> bool:
+    """Whether all that this call makes is blank: nobody has computed it yet."""
+    return info.makes_blank and all(covers_storage(t) for t in written)
+
+
+def overwrites_all(info: OpInfo, written: list[Tensor]) -> bool:
+    """Whether nothing of what was in the storages this call writes is left or read."""
+    return info.overwrites_all and all(covers_storage(t) for t in written)
+
+
 def written_statistics(info: OpInfo, args: tuple[Any, ...]) -> tuple[int, ...]:
     """Positions of the running statistics this call updates, whether the schema says so or not."""
     positions, _ = _STATISTICS.get(info.name, ((), -1))
     return tuple(i for i in positions if isinstance(args[i], Tensor)) if mixes_rows(info, args) else ()
+
+
+def writes_anything(info: OpInfo) -> bool:
+    """Whether some call of the op writes to an argument."""
+    return bool(info.written) or info.name in _STATISTICS
+
+
+def all_writes(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Every tensor this call writes, running statistics and undeclared ones too."""
+    return [*declared_writes(info, args, kwargs), *(args[i] for i in written_statistics(info, args))]
 
 
 def mixes_rows(info: OpInfo, args: tuple[Any, ...]) -> bool:

@@ -9,7 +9,11 @@ Note [Recording]
  4. Autograd sums two gradients in place when it owns one of them, but not under a dispatch mode
     (``torch/csrc/autograd/input_buffer.cpp`` refuses tensor subclasses). The recording is mended:
     an ``add`` whose operand dies there reuses its storage.
- 5. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+ 5. What a factory makes (``empty``, ``zeros``) may be written invisibly before it is read, so it can be
+    made again only for an op that overwrites all of it unread (``bernoulli_``).
+ 6. A value that is saved and then written to is, for autograd, what the storage holds in the end (chunks
+    of ``unsafe_split``, the noise of ``rrelu``): it must be kept.
+ 7. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ from memfit.runtime.opinfo import (
     draws_random_numbers,
     has_own_generator,
     is_plain,
+    makes_blank,
     mixes_rows,
     op_info,
+    overwrites_all,
     tensors_in,
 )
 from memfit.runtime.probe import Probe
@@ -87,6 +93,8 @@ class Recorder(TorchDispatchMode):
         self.coupled: list[str] = []
         self.save_frames: list[str] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
+        self.blank_ops: list[int] = []
+        self.overwriting_ops: set[int] = set()
         self._alive: dict[int, int] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._current: dict[int, int] = {}
@@ -141,6 +149,10 @@ class Recorder(TorchDispatchMode):
         self.log.append(LogEntry(LogKind.OP, op))
         external = any(_address(t) not in self._alive for t in written)
         overwrites, outputs, allocates = self._results(op, written, out)
+        if self.is_forward and makes_blank(info, written):
+            self.blank_ops.append(op)
+        if self.is_forward and overwrites_all(info, written):
+            self.overwriting_ops.add(op)
         plain = all(is_plain(t) for tree in (args, list(kwargs.values()), out) for t in tensors_in(tree))
         random = draws_random_numbers(info, func, args, kwargs)
         device = next((t.device.type for t in tensors_in(out)), "cpu")
@@ -184,6 +196,8 @@ class Recorder(TorchDispatchMode):
         allocates: list[int] = []
         for number, tensor in enumerate(written):
             storage = self._alive.get(_address(tensor), -1)
+            if storage >= 0:  # an out= argument may have grown
+                self.storages[storage] = Storage(tensor.untyped_storage().nbytes())
             if storage in self._current and self.is_forward:
                 old = self._current[storage]
                 overwrites.append(old)
@@ -292,7 +306,7 @@ def record(
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
-        hold_saved: Keep saved tensors as a plain step does, see Note 5.
+        hold_saved: Keep saved tensors as a plain step does, see Note 7.
     """
     with CallSites[None](model, {}) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
@@ -326,7 +340,11 @@ def _finish(
 ) -> Recording:
     """Joins the log with the costs into a graph."""
     costs = probe.costs()
-    ops = [replace(op, seconds=cost.seconds) for op, cost in zip(recorder.ops, costs, strict=True)]
+    kept = _must_be_kept(recorder)
+    ops = [
+        replace(op, seconds=cost.seconds, is_replayable=op.is_replayable and index not in kept)
+        for index, (op, cost) in enumerate(zip(recorder.ops, costs, strict=True))
+    ]
     freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
     storages = [replace(s, persists=i not in freed) for i, s in enumerate(recorder.storages)]
     graph = StepGraph(
@@ -341,6 +359,21 @@ def _finish(
         coupled=tuple(dict.fromkeys(recorder.coupled)),
     )
     return Recording(sum_in_place(graph), tuple(recorder.signatures), tuple(c.peak_bytes for c in costs))
+
+
+def _must_be_kept(recorder: Recorder) -> set[int]:
+    """Ops whose outputs a replay might make differently. See Note [Recording] 5 and 6."""
+    saved = {save.value for save in recorder.saves}
+    read = {
+        value
+        for index, op in enumerate(recorder.ops)
+        for value in op.inputs
+        if index not in recorder.overwriting_ops or value not in op.overwrites
+    }
+    blank = {
+        op for op in recorder.blank_ops if any(v in saved or v in read for v in recorder.ops[op].outputs)
+    }
+    return blank | {recorder.values[v].producer for v in saved if recorder.values[v].is_overwritten}
 
 
 def sum_in_place(graph: StepGraph) -> StepGraph:

@@ -13,10 +13,14 @@ Note [Replay]
  4. A write in place begins a new version of its storage. A handle belongs to the old one. A replayed
     write takes the old version over if it is the only reader, else it works on a copy. If something
     held as an argument is about to be overwritten, the record gets a copy first.
- 5. Replays run below autograd and autocast, as the recorded ops did, and under the generator state at
-    which the op first ran; the stream is put back afterwards.
+ 5. Replays run below autograd and autocast, as the recorded ops did, under the generator state at which the
+    op first ran (the stream is put back afterwards) and its grad mode: kernels of MKL-DNN ask for it.
  6. Running statistics that BatchNorm writes are replaced by scratch copies in a replay.
- 7. Autograd checks that saved tensors were not modified, but not behind hooks: memfit checks instead.
+ 7. Autograd checks that saved tensors were not modified, but not behind hooks: memfit checks instead. What
+    is written after it was saved, and autograd does not mind (chunks of ``unsafe_split`` count versions
+    of their own; ``rrelu`` writes its noise uncounted), is held from then on, as autograd would.
+ 8. Blank memory (``empty``, ``zeros``) may be written invisibly, so it is held as soon as anything but a
+    complete overwrite looks at it.
 """
 
 from __future__ import annotations
@@ -37,13 +41,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from memfit.core.graph import ValueKey
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.opinfo import (
+    OpInfo,
+    all_writes,
     declared_writes,
     draws_random_numbers,
     has_own_generator,
     is_plain,
+    makes_blank,
     map_tensors,
     op_info,
+    overwrites_all,
     tensors_in,
+    writes_anything,
     written_statistics,
 )
 
@@ -55,34 +64,43 @@ class Handle:
     """One version of a storage that is, or can be, computed again.
 
     ``tensor`` is any tensor over the whole storage, once there is one. ``source`` is set for a leaf
-    from outside the step, whose version tells whether it was changed since.
+    from outside the step, whose version tells whether it was changed since. ``readers`` are the records
+    that have it as an argument, ``windows`` what autograd saved of it; both may be dead by now.
     """
 
     __slots__ = (
         "__weakref__",
-        "is_overwritten",
-        "is_packed",
+        "is_blank",
         "readers",
         "record",
         "source",
         "tensor",
         "version",
+        "windows",
     )
 
     def __init__(self, record: Record | None, tensor: Tensor | None = None) -> None:
         self.record = record
         self.tensor = tensor
-        self.readers = 0
-        self.is_packed = False
-        self.is_overwritten = False
+        self.readers: list[weakref.ref[Record]] = []
+        self.windows: list[weakref.ref[Window]] = []
+        self.is_blank = False
         self.source: Tensor | None = None
         self.version = 0
 
+    def has_other_readers(self, record: Record) -> bool:
+        """Whether anyone but one record still wants this version as it is."""
+        waiting = (reference() for reference in self.readers)
+        return any(r is not None and r is not record for r in waiting) or any(w() for w in self.windows)
+
 
 class Window:
-    """A tensor as a window onto a handle: what autograd or a record holds in its place."""
+    """A tensor as a window onto a handle: what autograd or a record holds in its place.
 
-    __slots__ = ("dtype", "handle", "offset", "size", "stride")
+    ``counter`` shares the version counter of a saved tensor, and nothing else of it.
+    """
+
+    __slots__ = ("__weakref__", "counter", "dtype", "handle", "offset", "size", "stride", "version")
 
     def __init__(self, handle: Handle, tensor: Tensor) -> None:
         self.handle = handle
@@ -90,6 +108,17 @@ class Window:
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.dtype = tensor.dtype
+        self.counter: Tensor | None = None
+        self.version = 0
+
+    def count_versions_of(self, tensor: Tensor) -> None:
+        """From now on :meth:`is_modified` tells of writes to a tensor, without keeping its memory."""
+        self.counter, self.version = tensor.detach(), tensor._version
+        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+    def is_modified(self) -> bool:
+        """Whether autograd would refuse the saved tensor."""
+        return self.counter is not None and self.counter._version != self.version
 
     def open(self) -> Tensor:
         """The tensor, over memory that must be there already."""
@@ -104,7 +133,18 @@ class Window:
 class Record:
     """One op to run again. ``arguments`` hold windows in place of tensors."""
 
-    __slots__ = ("arguments", "func", "keywords", "order", "outputs", "seed", "statistics", "writes")
+    __slots__ = (
+        "__weakref__",
+        "arguments",
+        "func",
+        "has_gradients",
+        "keywords",
+        "order",
+        "outputs",
+        "seed",
+        "statistics",
+        "writes",
+    )
 
     def __init__(self, order: int, func: OpOverload) -> None:
         self.order = order
@@ -115,6 +155,7 @@ class Record:
         self.writes: list[Handle] = []
         self.statistics: tuple[int, ...] = ()
         self.seed: tuple[torch.device, Tensor] | None = None
+        self.has_gradients = torch.is_grad_enabled()
 
     def handles(self) -> Iterator[Handle]:
         """The handles its arguments refer to, some maybe twice."""
@@ -129,20 +170,20 @@ class Record:
     def run(self) -> None:
         """Runs the op and hands its results to the handles that still live, then lets go of its arguments."""
         for handle in self.writes:
-            if handle.readers > 1 or handle.is_packed:
+            if handle.has_other_readers(self):
                 _replace_in(self, handle)
         args, kwargs = _opened(self.arguments), {k: _opened(v) for k, v in self.keywords.items()}
         for position in self.statistics:
             args[position] = args[position].clone()
-        with _generator_at(self.seed):
+        with _generator_at(self.seed), torch.set_grad_enabled(self.has_gradients):
             out = self.func(*args, **kwargs)
         results = [*declared_writes(op_info(self.func), tuple(args), kwargs), *tensors_in(out)]
         for number, reference in self.outputs:
             handle_or_none = reference()
             if handle_or_none is not None:
                 handle_or_none.tensor, handle_or_none.record = results[number], None
-        for handle in set(self.handles()):
-            handle.readers -= 1
+        for handle in self.handles():
+            handle.readers = [r for r in handle.readers if r() is not self]
         self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
 
 
@@ -192,9 +233,9 @@ class Replayer(TorchDispatchMode):
                     return self._run_recorded(func, args, kwargs or {}, dropped)
         writes = self._writes.get(func)
         if writes is None:
-            writes = self._writes[func] = bool(op_info(func).written)
+            writes = self._writes[func] = writes_anything(op_info(func))
         if writes:
-            for tensor in declared_writes(op_info(func), args, kwargs or {}):
+            for tensor in all_writes(op_info(func), args, kwargs or {}):
                 self._begin_version(tensor)
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -204,8 +245,9 @@ class Replayer(TorchDispatchMode):
         """Runs an op the plan names and leaves a record, unless that would not be safe here."""
         info = op_info(func)
         written = declared_writes(info, args, kwargs)
-        if has_own_generator(kwargs) or not self._can_record(args, kwargs, written):
-            for tensor in written:
+        self._hold_blanks(info, args, kwargs, written)
+        if not self._can_record(info, args, kwargs, written):
+            for tensor in all_writes(info, args, kwargs):
                 self._begin_version(tensor)
             return func(*args, **kwargs)
         record = Record(self._order, func)
@@ -218,25 +260,42 @@ class Replayer(TorchDispatchMode):
         record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
         record.writes = [self._dropped[_address(tensor)][0] for tensor in written]
         for handle in set(record.handles()):
-            handle.readers += 1
+            handle.readers.append(weakref.ref(record))
         if draws_random_numbers(info, func, args, kwargs):
             record.seed = _generator_state(_device_of(args, kwargs))
-        for tensor in written:
+        for tensor in all_writes(info, args, kwargs):
             self._begin_version(tensor)
         out = func(*args, **kwargs)
-        self._make_handles(record, [*written, *tensors_in(out)], dropped)
+        blank = makes_blank(info, written)
+        self._make_handles(record, [*written, *tensors_in(out)], dropped, is_blank=blank)
         return out
 
-    def _can_record(self, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]) -> bool:
-        """Whether a replay could reach every argument as it is now."""
+    def _can_record(
+        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
+    ) -> bool:
+        """Whether a replay would do the same, and could reach every argument as it is now."""
         plain = all(is_plain(t) for t in tensors_in([*args, *kwargs.values()]))
-        return plain and all(_address(t) in self._dropped for t in written)
+        same = info.may_replay and not has_own_generator(kwargs)
+        return same and plain and all(_address(t) in self._dropped for t in written)
 
-    def _make_handles(self, record: Record, results: list[Tensor], dropped: frozenset[int]) -> None:
+    def _hold_blanks(
+        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
+    ) -> None:
+        """Takes blank memory out of the plan if the op looks at it. See Note 8."""
+        unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
+        for tensor in tensors_in([*args, *kwargs.values()]):
+            address = _address(tensor)
+            if address in self._dropped and self._dropped[address][0].is_blank and address not in unread:
+                del self._dropped[address]
+
+    def _make_handles(
+        self, record: Record, results: list[Tensor], dropped: frozenset[int], *, is_blank: bool
+    ) -> None:
         """Gives the dropped outputs handles that know how to make them again."""
         for number in dropped:
             if number < len(results) and is_plain(results[number]):
                 handle = Handle(record)
+                handle.is_blank = is_blank
                 record.outputs.append((number, weakref.ref(handle)))
                 block = results[number].untyped_storage()
                 self._dropped[block._cdata] = (handle, StorageWeakRef(block))
@@ -265,11 +324,20 @@ class Replayer(TorchDispatchMode):
         address = _address(tensor)
         dropped = self._dropped.pop(address, None)
         if dropped is not None:
-            dropped[0].is_overwritten = dropped[0].is_packed
+            self._hold_saved(dropped[0], tensor)
         held = self._held.pop(address, None)
         handle = held[0]() if held is not None else None
         if handle is not None and handle.tensor is not None:
             handle.tensor, handle.source = _copy_of_storage(handle.tensor), None
+
+    def _hold_saved(self, handle: Handle, tensor: Tensor) -> None:
+        """What autograd saved of a version that is overwritten now is the storage itself. See Note 7."""
+        windows = [window for reference in handle.windows if (window := reference()) is not None]
+        if windows:
+            held = Handle(None, tensor.detach())
+            for window in windows:
+                window.handle = held
+            handle.windows.clear()
 
     # ---- saves --------------------------------------------------------------------------------------
 
@@ -277,9 +345,11 @@ class Replayer(TorchDispatchMode):
         """What autograd holds: a window onto a dropped value, else the tensor and its version."""
         if tensor.layout is torch.strided:
             found = self._dropped.get(tensor.untyped_storage()._cdata)
-            if found is not None and is_plain(tensor):
-                found[0].is_packed = True
-                return Window(found[0], tensor)
+            if found is not None and is_plain(tensor) and not found[0].is_blank:
+                window = Window(found[0], tensor)
+                window.count_versions_of(tensor)
+                found[0].windows.append(weakref.ref(window))
+                return window
         return tensor, tensor._version
 
     def _unpack(self, packed: Any) -> Tensor:
@@ -289,7 +359,7 @@ class Replayer(TorchDispatchMode):
             if tensor._version != packed[1]:
                 raise RuntimeError(_modified("a tensor that autograd saved"))
             return tensor
-        if packed.handle.is_overwritten:
+        if packed.is_modified():
             raise RuntimeError(_modified("a tensor that autograd saved"))
         with self._lock:
             if packed.handle.tensor is None:
@@ -370,8 +440,8 @@ def _replace_in(record: Record, old: Handle) -> None:
     """Lets a record write to a private copy of a version that others still read."""
     assert old.tensor is not None
     copy = Handle(None, _copy_of_storage(old.tensor))
-    copy.readers = 1
-    old.readers -= 1
+    copy.readers = [weakref.ref(record)]
+    old.readers = [r for r in old.readers if r() is not record]
     pending: list[Any] = [*record.arguments, *record.keywords.values()]
     while pending:
         item = pending.pop()
