@@ -156,7 +156,7 @@ def _forward_peaks(found: Moments, heights: list[tuple[int, int]]) -> list[Momen
 def _backward_peaks(found: Moments, heights: list[tuple[int, int]]) -> list[Moment]:
     """The first and the naturally highest op of each slot."""
     positions = [position for position, _ in heights]
-    ends = [*found.slots[1:], len(found.graph.log)]
+    ends = [*found.slots[1:], len(found.graph.log)] if found.slots else []
     peaks = []
     for slot, (start, end) in enumerate(zip(found.slots, ends, strict=True)):
         low, high = bisect.bisect_left(positions, start), bisect.bisect_left(positions, end)
