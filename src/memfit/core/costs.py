@@ -21,6 +21,7 @@ class Measured:
     rows: int
     seconds: dict[OpKey, float]
     temporary_bytes: dict[OpKey, int]
+    forward: frozenset[OpKey] = frozenset()
 
 
 def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequence[int | None]) -> Measured:
@@ -36,7 +37,8 @@ def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequ
             made_bytes = sum(graph.storages[s].size_bytes for s in op.allocates)
             temporary_bytes[op.key] = max(0, peak_bytes - made_bytes)
     seconds = {op.key: medians[s] for op, s in zip(graph.ops, signatures, strict=True)}
-    return Measured(graph.rows, seconds, temporary_bytes)
+    forward = frozenset(op.key for op in graph.ops[: graph.forward_ops])
+    return Measured(graph.rows, seconds, temporary_bytes, forward)
 
 
 def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
@@ -56,6 +58,27 @@ def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
             op = replace(op, temporary_bytes=round(grown))
         ops.append(op)
     return replace(graph, ops=tuple(ops))
+
+
+def scaled(small: StepGraph, large: StepGraph, rows: int) -> StepGraph:
+    """The graph at another number of rows, from two that were recorded (or one, twice).
+
+    Where both did the same things in the same order, each storage's bytes lie on the line through both.
+    Where they did not, or there is one size only, what does not persist grows with the rows.
+    """
+    same = small.rows != large.rows and small.log == large.log
+    same = same and [op.key for op in small.ops] == [op.key for op in large.ops]
+    storages = []
+    for index, storage in enumerate(large.storages):
+        if same:
+            slope = (storage.size_bytes - small.storages[index].size_bytes) / (large.rows - small.rows)
+            size_bytes = round(storage.size_bytes + slope * (rows - large.rows))
+        else:
+            grows = 1.0 if storage.persists else rows / large.rows
+            size_bytes = round(storage.size_bytes * grows)
+        storages.append(replace(storage, size_bytes=max(0, size_bytes)))
+    ops = tuple(replace(op, seconds=op.seconds * rows / large.rows) for op in large.ops)
+    return replace(large, rows=rows, storages=tuple(storages), ops=ops)
 
 
 def _line(rows_a: int, a: float, rows_b: int, b: float, rows: int) -> float:

@@ -233,7 +233,12 @@ class Program:
         return frozenset(dropped)
 
     def _milp(
-        self, flow: csr_array, budget_bytes: int | None, *, gap: float = 0.0, allowed: FloatArray | None = None
+        self,
+        flow: csr_array,
+        budget_bytes: int | None,
+        *,
+        gap: float = 0.0,
+        allowed: FloatArray | None = None,
     ) -> OptimizeResult:
         """Hands the program to HiGHS; without ``allowed`` its relaxation, without a budget the least peak."""
         cost = self._costs()

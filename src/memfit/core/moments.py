@@ -59,11 +59,16 @@ class Moments:
         return bisect.bisect_right(self.slots, position) - 1
 
     def ending(self, value: int, *, certain: bool) -> int:
-        """The last log position at which a value is wanted: at least (certain), or at most."""
+        """The last log position at which a kept value is wanted: at least (certain), or at most.
+
+        A saved value surely lives until its release and maybe no longer: who reads it need not be replayed.
+        """
+        released_at = self.released_at.get(value, -1)
+        if certain and released_at >= 0:
+            return released_at
         chosen = self.early if certain else self.late
         replays = [self.slots[chosen[reader]] for reader in self.readers[value]]
-        last_replay = (min if certain else max)(replays, default=-1)
-        return max(self.released_at.get(value, -1), last_replay)
+        return max(released_at, (min if certain else max)(replays, default=-1))
 
 
 def read_moments(graph: StepGraph, *, alignment_bytes: int, window: int) -> Moments:
@@ -80,7 +85,7 @@ def read_moments(graph: StepGraph, *, alignment_bytes: int, window: int) -> Mome
 
 
 def _read_log(found: Moments) -> tuple[list[tuple[int, int]], list[int], list[tuple[int, int]]]:
-    """Slots, needs and lives; returns (packed position, slot) of each save, positions of ops, natural bytes."""
+    """Slots, needs and lives; returns (packed at, slot) of each save, positions of ops, natural bytes."""
     graph = found.graph
     packed_at = [0] * len(graph.saves)
     homes: list[tuple[int, int]] = []
@@ -110,9 +115,7 @@ def _read_log(found: Moments) -> tuple[list[tuple[int, int]], list[int], list[tu
     return sorted(homes), op_positions, heights
 
 
-def _find_ranges(
-    found: Moments, homes: list[tuple[int, int]], op_positions: list[int], window: int
-) -> None:
+def _find_ranges(found: Moments, homes: list[tuple[int, int]], op_positions: list[int], window: int) -> None:
     """The slots in which each op may be replayed, the last op of the forward first."""
     latest_after = [slot for _, slot in homes]
     for i in range(len(latest_after) - 2, -1, -1):
@@ -157,7 +160,7 @@ def _backward_peaks(found: Moments, heights: list[tuple[int, int]]) -> list[Mome
     """The first and the naturally highest op of each slot."""
     positions = [position for position, _ in heights]
     ends = [*found.slots[1:], len(found.graph.log)] if found.slots else []
-    peaks = []
+    peaks: list[Moment] = []
     for slot, (start, end) in enumerate(zip(found.slots, ends, strict=True)):
         low, high = bisect.bisect_left(positions, start), bisect.bisect_left(positions, end)
         if low < high:

@@ -1,11 +1,13 @@
 """Profiles a training step: what it does at each micro-batch size, and what that costs.
 
 Note [Profiling]
- 1. Shapes, bytes and lives come from fake tensors, at the true sizes, without memory. A model that reads
-    its data (``.item()``, ``nonzero``) is recorded really, at a few rows, and its bytes are scaled.
+ 1. Shapes, bytes and lives come from fake tensors, at the true sizes, without memory.
  2. Seconds and the temporaries inside operators come from two real steps of a few rows, where there is a
     real model and they fit ``limit_bytes``; elsewhere from a roofline, and temporaries are not known.
- 3. Nothing is left behind: parameters, buffers, attributes, gradients and random streams are as before.
+ 3. A model that reads its data (``.item()``, ``.all()`` of a mask) may fail on fakes, or take another way
+    there. Where the real steps ran other ops, they are recorded instead, and bytes follow the line
+    through their two sizes, which is exact as long as both did the same ops.
+ 4. Nothing is left behind: parameters, buffers, attributes, gradients and random streams are as before.
 """
 
 from __future__ import annotations
@@ -13,15 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
-from memfit.core.costs import Measured, measured, with_costs
-from memfit.core.graph import Profile, Residents, StepGraph, Storage
+from memfit.core.costs import Measured, measured, scaled, with_costs
+from memfit.core.graph import Profile, Residents
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import rows_of, split, tensors_of
@@ -78,12 +79,17 @@ def profile(
     rows = rows_of(batch)
     job = Job(model, loss_fn, batch, optimizer)
     counts = _counts(rows, micro_batch_size)
+    real = not any(is_fake(p) for p in model.parameters())
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
         recordings, residents, update = _record_all(job, rows, counts, device)
-        sizes = _measurable(recordings, residents, rows, limit_bytes)
-        real = not any(is_fake(p) for p in model.parameters())
-        with _contents_of(model):
-            points = _measure(job, place, sizes) if real else None
+        points = None
+        if real:
+            sizes = _measurable(recordings, residents, rows, limit_bytes)
+            with _contents_of(model):
+                points = _measure(job, place, sizes)
+                if points is not None and not _same_ops(recordings, points[1]):
+                    _log.info("fake tensors take another way through the model; recording really")
+                    recordings = _record_scaled(job, rows, counts)
     graphs = [r.graph if points is None else with_costs(r.graph, *points) for r in recordings]
     return Profile(
         rows=rows,
@@ -274,40 +280,48 @@ def _residents(job: Job, batch: Any, update: _Update) -> Residents:
 def _record_really(
     job: Job, rows: int, counts: tuple[int, ...]
 ) -> tuple[list[Recording], Residents, _Update]:
-    """Records one real micro-batch of few rows and scales its bytes to every size."""
-    few = min(_FEW_ROWS, rows)
-    place = next(job.model.parameters()).device
-    part = split(job.batch, (few, rows - few))[0] if few < rows else job.batch
-    recordings = []
-    for resident in (False, True):
-        _prepare_gradients(job.model, resident=resident)
-        small = job._replace(batch=part)
-        recordings.append(_record_one(small, part, few, 1, probe_for(place)(), resident=resident))
-    _prepare_gradients(job.model, resident=True)
-    update = _Update()
-    if job.optimizer is not None:
-        faker = Faker(mode_for(job.model))
-        with faked(job.model, faker), _entered(faker):
-            _prepare_gradients(job.model, resident=True)
+    """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
+    recordings = _record_scaled(job, rows, counts)
+    faker = Faker(mode_for(job.model))
+    with faked(job.model, faker), _entered(faker):
+        _prepare_gradients(job.model, resident=True)
+        update = _Update()
+        if job.optimizer is not None:
             update = _Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
-    residents = _residents(job, job.batch, update)
+        residents = _residents(job, faker.batch(job.batch), update)
+    return recordings, residents, update
+
+
+def _record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
+    """Records really at two numbers of rows and carries the bytes over to every size."""
+    place = next(job.model.parameters()).device
+    few = min(_FEW_ROWS, rows)
+    recorded: dict[tuple[int, bool], Recording] = {}
+    for size in {max(1, few // 2), few}:
+        part = _first_rows(job.batch, rows, size)
+        for resident in {count > 1 for count in counts}:
+            _prepare_gradients(job.model, resident=resident)
+            probe = probe_for(place)()
+            recorded[size, resident] = _record_one(job, part, size, 1, probe, resident=resident)
     _prepare_gradients(job.model, resident=False)
-    scaled = []
+    found = []
     for count in counts:
-        model_run = recordings[count > 1]
-        size = balanced_parts(rows, count)[0]
-        scaled.append(model_run._replace(graph=_scaled(model_run.graph, size)))
-    return scaled, residents, update
+        small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
+        graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
+        found.append(large._replace(graph=graph))
+    return found
 
 
-def _scaled(graph: StepGraph, rows: int) -> StepGraph:
-    """A graph of few rows blown up: every storage that is not a gradient grows with the rows."""
-    factor = rows / graph.rows
-    storages = tuple(
-        s if s.persists else Storage(round(s.size_bytes * factor), s.persists) for s in graph.storages
-    )
-    ops = tuple(replace(op, seconds=op.seconds * factor) for op in graph.ops)
-    return replace(graph, rows=rows, storages=storages, ops=ops)
+def _first_rows(batch: Any, rows: int, few: int) -> Any:
+    """The first rows of a batch."""
+    return split(batch, (few, rows - few))[0] if few < rows else batch
+
+
+def _same_ops(recordings: list[Recording], point: Measured) -> bool:
+    """Whether the fake forward is the one that really ran; what the weights and sums add is left out."""
+    graph = recordings[0].graph
+    forward = {op.key for op in graph.ops[: graph.forward_ops] if op.key.frame}
+    return forward == {key for key in point.forward if key.frame}
 
 
 def _measurable(
@@ -330,8 +344,7 @@ def _measure(job: Job, place: torch.device, sizes: tuple[int, int]) -> tuple[Mea
     """Two real steps of few rows; None where they cannot be run."""
     points = []
     for few in sizes:
-        rows = rows_of(job.batch)
-        part = split(job.batch, (few, rows - few))[0] if few < rows else job.batch
+        part = _first_rows(job.batch, rows_of(job.batch), few)
         make = _once_warm(job, part, few, probe_for(place))
         try:
             recording = make()

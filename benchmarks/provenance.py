@@ -1,0 +1,40 @@
+"""Where a result came from, collected by machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memfit
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, device, threads and command line of this run; no path of the machine."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "memfit": memfit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(command),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git says, empty where there is none."""
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
