@@ -136,7 +136,7 @@ class TerminalWatcher:
 
     def said(self, text: str) -> None:
         """Prints a line about what is being done."""
-        self._console.print(Text(text, style="dim"))
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def planned(self, plan: Plan) -> None:
         """Prints the plan, in one line if it corrects an earlier one."""
