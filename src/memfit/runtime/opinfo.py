@@ -71,6 +71,7 @@ class OpInfo:
     is_view: bool
     written: tuple[int, ...]
     written_names: tuple[str, ...]
+    tensor_positions: tuple[int, ...]
     is_random: bool
     makes_blank: bool
     overwrites_all: bool
@@ -94,6 +95,7 @@ def op_info(func: OpOverload) -> OpInfo:
         is_view=bool(func.is_view),
         written=written,
         written_names=tuple(arguments[i].name for i in written),
+        tensor_positions=tuple(i for i, a in enumerate(arguments) if str(a.type) == "Tensor"),
         is_random=torch.Tag.nondeterministic_seeded in tags,
         makes_blank=schema.name in _BLANK,
         overwrites_all=schema.name in _OVERWRITES_ALL,
@@ -129,6 +131,12 @@ def declared_writes(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any])
             argument = args[position] if position < len(args) else kwargs.get(name)
             found.extend(tensors_in(argument))
     return found
+
+
+def number_bytes(info: OpInfo, args: tuple[Any, ...]) -> int:
+    """Bytes of the 0-dim CPU tensors that stand for Python numbers where an op wants tensors: ``x * 0.5``."""
+    numbers = (args[i] for i in info.tensor_positions if i < len(args))
+    return sum(16 if isinstance(n, complex) else 8 for n in numbers if isinstance(n, (int, float, complex)))
 
 
 def covers_storage(tensor: Tensor) -> bool:

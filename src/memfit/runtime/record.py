@@ -13,7 +13,10 @@ Note [Recording]
     made again only for an op that overwrites all of it unread (``bernoulli_``).
  6. A value that is saved and then written to is, for autograd, what the storage holds in the end (chunks
     of ``unsafe_split``, the noise of ``rrelu``): it must be kept.
- 7. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+ 7. A tensor that is used or saved and comes out of nowhere (``torch.tensor``) gets an op of its own. If it
+    outlives the step it was there before, or is cached, and counts nothing. A number in place of a tensor
+    is a tensor of 8 bytes that only autograd sees; it may save it, to the end of the backward.
+ 8. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -40,11 +43,12 @@ from memfit.runtime.opinfo import (
     is_plain,
     makes_blank,
     mixes_rows,
+    number_bytes,
     op_info,
     overwrites_all,
     tensors_in,
 )
-from memfit.runtime.probe import Probe
+from memfit.runtime.probe import OpCost, Probe
 
 _ADD = torch.ops.aten.add.Tensor
 CPU_SEED_BYTES = 5056  # torch.get_rng_state(): the Mersenne twister
@@ -93,6 +97,9 @@ class Recorder(TorchDispatchMode):
         self.coupled: list[str] = []
         self.save_frames: list[str] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
+        self.appeared: dict[int, int] = {}
+        self.place = ""
+        self.numbers: dict[int, int] = {}
         self.blank_ops: list[int] = []
         self.overwriting_ops: set[int] = set()
         self._alive: dict[int, int] = {}
@@ -113,9 +120,9 @@ class Recorder(TorchDispatchMode):
         if self._paused or info.is_invisible or info.is_view:
             return func(*args, **kwargs)
         key = self._key(func)
-        self.adopt_external(
-            t for t in tensors_in([*args, *kwargs.values()]) if _address(t) not in self._alive
-        )
+        for tensor in tensors_in([*args, *kwargs.values()]):
+            if _address(tensor) not in self._alive:
+                self._appear(tensor)
         inputs = self._inputs(args, kwargs)
         written = declared_writes(info, args, kwargs)
         out = self._probe.call(func, args, kwargs)
@@ -149,6 +156,7 @@ class Recorder(TorchDispatchMode):
         self.log.append(LogEntry(LogKind.OP, op))
         external = any(_address(t) not in self._alive for t in written)
         overwrites, outputs, allocates = self._results(op, written, out)
+        allocates += self._numbers(op, number_bytes(info, args) if self.place == "cpu" else 0)
         if self.is_forward and makes_blank(info, written):
             self.blank_ops.append(op)
         if self.is_forward and overwrites_all(info, written):
@@ -177,6 +185,16 @@ class Recorder(TorchDispatchMode):
             )
         )
         self.signatures.append((str(func), *_shapes(args), *_shapes(kwargs.values())))
+
+    def _numbers(self, op: int, size_bytes: int) -> tuple[int, ...]:
+        """A storage for the Python numbers of an op; one of the forward is freed when the step ends."""
+        if not size_bytes:
+            return ()
+        self.storages.append(Storage(size_bytes))
+        self.numbers[op] = size_bytes
+        if not self.is_forward:
+            self.log.append(LogEntry(LogKind.FREE, len(self.storages) - 1))
+        return (len(self.storages) - 1,)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """The values an op reads that the step itself made, each once."""
@@ -227,8 +245,23 @@ class Recorder(TorchDispatchMode):
     def adopt_external(self, tensors: Iterable[Tensor]) -> None:
         """Marks storages the step did not make, so that they are never taken for new ones."""
         for tensor in tensors:
+            self.place = self.place or tensor.device.type
             if _has_storage(tensor):
                 self._remember(tensor, _EXTERNAL)
+
+    def _appear(self, tensor: Tensor) -> None:
+        """Notes a storage that no op has made. See Note 7."""
+        if not _has_storage(tensor):
+            return
+        if tensor.device.type != self.place:
+            self._remember(tensor, _EXTERNAL)
+            return
+        op, frame = len(self.ops), self._sites.current.name if self.is_forward else self.owner
+        storage = self._watch(tensor)
+        self.appeared[op] = storage
+        self.log.append(LogEntry(LogKind.OP, op))
+        self.ops.append(Op(OpKey(frame, "appears", op), allocates=(storage,)))
+        self.signatures.append(("appears",))
 
     def _remember(self, tensor: Tensor, index: int) -> None:
         """Maps the address of a storage to its number until the storage dies."""
@@ -248,6 +281,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Notes a save and hands autograd a copy of it."""
+        if _address(tensor) not in self._alive:
+            self._appear(tensor)
         storage = self._alive.get(_address(tensor), -1)
         if storage not in self._current or self._paused:
             return tensor
@@ -276,6 +311,7 @@ class Recorder(TorchDispatchMode):
                 items = tensor.untyped_storage().nbytes() // tensor.element_size()
                 whole = tensor.as_strided((items,), (1,), 0).clone()
             self._copies[value, tensor.dtype] = whole
+            self._remember(whole, _EXTERNAL)
         return whole
 
 
@@ -306,7 +342,7 @@ def record(
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
-        hold_saved: Keep saved tensors as a plain step does, see Note 7.
+        hold_saved: Keep saved tensors as a plain step does, see Note 8.
     """
     with CallSites[None](model, {}) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
@@ -339,7 +375,16 @@ def _finish(
     recorder: Recorder, probe: Probe, rows: int, forward_ops: int, gradients_resident: bool
 ) -> Recording:
     """Joins the log with the costs into a graph."""
-    costs = probe.costs()
+    measured = iter(probe.costs())
+    costs = [
+        OpCost(0.0, None)
+        if index in recorder.appeared
+        else _with_numbers(next(measured), recorder.numbers.get(index, 0))
+        for index in range(len(recorder.ops))
+    ]
+    recorder.log += [
+        LogEntry(LogKind.FREE, recorder.ops[op].allocates[-1]) for op in recorder.numbers if op < forward_ops
+    ]
     kept = _must_be_kept(recorder)
     ops = [
         replace(op, seconds=cost.seconds, is_replayable=op.is_replayable and index not in kept)
@@ -347,6 +392,9 @@ def _finish(
     ]
     freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
     storages = [replace(s, persists=i not in freed) for i, s in enumerate(recorder.storages)]
+    for index in recorder.appeared.values():
+        if storages[index].persists:
+            storages[index] = Storage(0)
     graph = StepGraph(
         rows=rows,
         forward_ops=forward_ops,
@@ -359,6 +407,11 @@ def _finish(
         coupled=tuple(dict.fromkeys(recorder.coupled)),
     )
     return Recording(sum_in_place(graph), tuple(recorder.signatures), tuple(c.peak_bytes for c in costs))
+
+
+def _with_numbers(cost: OpCost, size_bytes: int) -> OpCost:
+    """The inner peak of an op with the numbers it was called with, which are made just before it."""
+    return cost if cost.peak_bytes is None else cost._replace(peak_bytes=cost.peak_bytes + size_bytes)
 
 
 def _must_be_kept(recorder: Recorder) -> set[int]:
