@@ -29,7 +29,7 @@ def agrees_with_the_reference(drawn: Drawn, alignment_bytes: int = 1) -> bool:
     return [tuple(m) for m in simulated] == [tuple(m) for m in live_bytes(graph, dropped, alignment_bytes)]
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(graphs_and_choices(), st.sampled_from([1, 1, 8]))
 def test_every_moment_holds_what_the_reference_holds(drawn: Drawn, alignment_bytes: int) -> None:
     assert agrees_with_the_reference(drawn, alignment_bytes)
