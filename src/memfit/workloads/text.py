@@ -174,7 +174,7 @@ def workload(batch_size: int = 64, seed: int = 0, device: str = "cpu") -> Worklo
     corpus = np.frombuffer(standard_library_source(), dtype=np.uint8)
     return Workload(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01),
         loss_fn=next_byte_loss,
         batches=Crops(corpus, batch_size, config.context, seed, device),
     )
