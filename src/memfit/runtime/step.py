@@ -4,7 +4,8 @@ Note [Promise]
  1. The first steps are metered by the allocator's own account. What a later step would also hold
     (optimizer state that is not born yet) is added before comparing.
  2. Above the prediction: the difference goes into the profile, and the plan is made again from it.
- 3. Above the budget: the same batch runs again under the new plan, from its start: random streams,
+ 3. Where no plan fits then, the old one stays as long as the budget holds.
+ 4. Above the budget: the same batch runs again under the new plan, from its start: random streams,
     buffers and gradients are put back. The user sees one step.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from memfit.core.batching import parts_for
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
-from memfit.errors import InexactAccumulation, VerificationFailed
+from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.count import Counter, weights
 from memfit.runtime.meter import PeakMeter, resident_bytes
@@ -158,20 +159,31 @@ class Step:
             _log.info("%s; planning again", self.verdict)
             unexplained_bytes = self.profile.unexplained_bytes + excess_bytes
             self.profile = replace(self.profile, unexplained_bytes=unexplained_bytes)
-            self.plan = self._find(self.profile)
-            self._decisions = decisions_of(self.plan.recompute)
+            mended = self._plan_again()
             if self.verdict.held:
                 return loss
             del loss
             snapshot.restore()
+            if not mended:
+                break
         assert self.verdict is not None
         raise VerificationFailed(
-            f"{self.verdict}, after planning {_ATTEMPTS} times. The gradients are as before the step. Give "
+            f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. Give "
             "more memory, or report the model",
             predicted_bytes=self.verdict.predicted_peak_bytes,
             measured_bytes=self.verdict.measured_peak_bytes,
             budget_bytes=self.verdict.budget_bytes,
         )
+
+    def _plan_again(self) -> bool:
+        """Plans from the corrected profile; False where nothing fits any more."""
+        try:
+            self.plan = self._find(self.profile)
+        except InfeasibleBudget as error:
+            _log.info("planning again: %s", error)
+            return False
+        self._decisions = decisions_of(self.plan.recompute)
+        return True
 
     def _metered(self, batch: Any) -> tuple[Tensor, int]:
         """The loss, and the peak of everything on the device as it will be once the optimizer has stepped."""
