@@ -13,7 +13,6 @@ Note [Search]
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from memfit.core.graph import FORMAT, Profile, StepGraph, ValueKey, _checked
@@ -126,11 +125,13 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
     graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
     best: Plan | None = None
     for candidate in _ranked(profile, graphs, budget_bytes):
-        if best is not None and candidate.least_step_s >= best.predicted_step_s:
-            break
-        found = candidate.solve()
-        if found is not None and (best is None or found.predicted_step_s < best.predicted_step_s):
-            best = found
+        if best is None or candidate.least_step_s < best.predicted_step_s:
+            if not candidate.bind():
+                continue
+            if best is None or candidate.least_step_s < best.predicted_step_s:
+                found = candidate.solve()
+                if found is not None and (best is None or found.predicted_step_s < best.predicted_step_s):
+                    best = found
     return best if best is not None else _least(profile, graphs, budget_bytes)
 
 
@@ -176,8 +177,8 @@ class _Candidate:
     profile: Profile
     graph: StepGraph
     budget_bytes: int
-    program: Program | None
-    bound_s: float
+    program: Program | None = None
+    bound_s: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -193,6 +194,15 @@ class _Candidate:
     def free_bytes(self) -> int:
         """What is left for one micro-batch beside what is always there."""
         return self.budget_bytes - base_bytes(self.profile, self.graph)
+
+    def bind(self) -> bool:
+        """Bounds the seconds from below if the budget binds; False if nothing can fit."""
+        if self.run(frozenset()).peak.total_bytes <= self.free_bytes:
+            return True
+        self.program = _program(self.profile, self.graph)
+        bound_s = self.program.bound_s(self.free_bytes)
+        self.bound_s = bound_s or 0.0
+        return bound_s is not None
 
     def run(self, dropped: frozenset[int]) -> Run:
         """The simulation of a choice."""
@@ -282,28 +292,19 @@ def _program(profile: Profile, graph: StepGraph) -> Program:
     )
 
 
-def _ranked(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -> Iterator[_Candidate]:
+def _ranked(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -> list[_Candidate]:
     """The sizes that may fit, the most promising first."""
     if update_peak_bytes(profile) > budget_bytes:
-        return
-    found = []
-    for graph in graphs:
-        candidate = _Candidate(profile, graph, budget_bytes, None, 0.0)
-        if candidate.run(frozenset()).peak.total_bytes > candidate.free_bytes:
-            candidate.program = _program(profile, graph)
-            bound_s = candidate.program.bound_s(candidate.free_bytes)
-            if bound_s is None:
-                continue
-            candidate.bound_s = bound_s
-        found.append(candidate)
-    yield from sorted(found, key=lambda c: (c.least_step_s, c.steps))
+        return []
+    found = [_Candidate(profile, graph, budget_bytes) for graph in graphs]
+    return sorted(found, key=lambda candidate: (candidate.least_step_s, candidate.steps))
 
 
 def _least(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -> Plan:
     """The plan of least peak, if it fits. See Note [Search] 4."""
     plans: list[Plan] = []
     for graph in {min(graphs, key=lambda g: g.rows), max(graphs, key=lambda g: g.rows)}:
-        candidate = _Candidate(profile, graph, budget_bytes, _program(profile, graph), 0.0)
+        candidate = _Candidate(profile, graph, budget_bytes, _program(profile, graph))
         assert candidate.program is not None
         choices = [candidate.program.least(), candidate.program.closure(set()), frozenset[int]()]
         plans.extend(candidate.plan(dropped) for dropped in choices)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import map_tensors, rows_of, split, tensors_of
-from memfit.runtime.micro import LossFn
+from memfit.runtime.micro import LossFn, one_number
 from memfit.runtime.preserve import Snapshot
 
 Counter = Callable[[Any], float]
@@ -94,7 +94,7 @@ def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
     except InexactAccumulation:
         return None
     with torch.no_grad(), _evaluating(model):
-        whole, *losses = (float(loss_fn(model, part)) for part in [probe, *parts])
+        whole, *losses = (float(one_number(loss_fn(model, part))) for part in [probe, *parts])
     tolerance = 1e-5 if _precision(model) >= 23 else 2e-2
     for counter in (shifted_labels, labels, rows, one):
         try:

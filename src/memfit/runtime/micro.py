@@ -17,7 +17,23 @@ def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | 
         TypeError: ``loss_fn`` returned something else than a tensor.
         ValueError: The loss is not one number, or has no graph to go backward through.
     """
-    loss = loss_fn(model, part)
+    loss = one_number(loss_fn(model, part))
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no graph: no parameter that requires a gradient led to it. Do not call .detach(), "
+            ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
+        )
+    loss = loss.reshape(())
+    return loss if weight is None else loss * weight
+
+
+def one_number(loss: object) -> Tensor:
+    """The loss, if it is a tensor that holds one number.
+
+    Raises:
+        TypeError: It is something else than a tensor.
+        ValueError: It holds more or fewer numbers.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss_fn returned a {type(loss).__name__}, not a tensor: return the scalar loss itself "
@@ -28,10 +44,4 @@ def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | 
             f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not one number: reduce it with .mean() "
             "or .sum()"
         )
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss has no graph: no parameter that requires a gradient led to it. Do not call .detach(), "
-            ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
-        )
-    loss = loss.reshape(())
-    return loss if weight is None else loss * weight
+    return loss

@@ -177,16 +177,39 @@ def _record_fakes(
     # Under a fake mode of the caller everything is fake already.
     with faked(job.model, faker), _entered(faker):
         batch = faker.batch(job.batch)
-        recordings = []
-        for count in counts:
-            _prepare_gradients(job.model, resident=count > 1)
-            recordings.append(_record_one(job, batch, rows, count, RooflineProbe(device), resident=count > 1))
+        recordings = _record_counts(job, batch, rows, counts, device)
         _prepare_gradients(job.model, resident=True)
         update = _Update()
         if job.optimizer is not None:
             update = _Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, device))
         residents = _residents(job, batch, update)
     return recordings, residents, update
+
+
+def _record_counts(
+    job: Job, batch: Any, rows: int, counts: tuple[int, ...], device: Roofline
+) -> list[Recording]:
+    """Records three sizes; the others lie on the line through two of them, if those did the same."""
+
+    def recorded(count: int) -> Recording:
+        _prepare_gradients(job.model, resident=count > 1)
+        return _record_one(job, batch, rows, count, RooflineProbe(device), resident=count > 1)
+
+    found = {count: recorded(count) for count in counts if count == 1}
+    several = sorted(
+        (count for count in counts if count > 1), key=lambda count: -balanced_parts(rows, count)[0]
+    )
+    ends = several[:1] + several[1:][:1]
+    found |= {count: recorded(count) for count in ends}
+    for count in several[2:]:
+        large, small = found[ends[0]], found[ends[1]]
+        size = balanced_parts(rows, count)[0]
+        # One row is a size of its own: what is expanded or contiguous differs there.
+        alike = small.graph.log == large.graph.log and size > 1
+        found[count] = (
+            large._replace(graph=scaled(small.graph, large.graph, size)) if alike else recorded(count)
+        )
+    return [found[count] for count in counts]
 
 
 @contextmanager
