@@ -23,7 +23,7 @@ from reference import (
     peak_bytes,
     step_peak_bytes,
 )
-from strategies import Piece, build, profiles
+from strategies import Piece, build, choices, profiles
 
 # Each example plans several times or tries every choice there is.
 FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -66,17 +66,12 @@ def dropped_by(plan: Plan, graph: StepGraph) -> frozenset[int]:
 
 
 @st.composite
-def budgets(draw: st.DrawFn, profile: Profile) -> int:
-    """An amount of memory around what matters: a little below the update's peak, to a little too much."""
-    top = top_bytes(profile)
-    return draw(st.integers(max(1, min(update_peak_bytes(profile), top // 3) - 3), top + 3))
-
-
-@st.composite
 def profiles_and_budgets(draw: st.DrawFn) -> tuple[Profile, int]:
-    """A random profile and memory for it."""
-    profile = draw(profiles(7))
-    return profile, draw(budgets(profile))
+    """A random profile and memory at which something changes: the peak of some choice, or a byte less."""
+    profile = draw(profiles(6, tidy=True))
+    graph = draw(st.sampled_from(profile.graphs))
+    dropped = draw(choices(graph))
+    return profile, max(1, step_peak_bytes(profile, graph, dropped) - draw(st.integers(0, 1)))
 
 
 @st.composite
@@ -84,8 +79,8 @@ def solved(draw: st.DrawFn, *, tidy: bool) -> tuple[Profile, list[Choice], int]:
     """A profile of one size, all choices there are, and the peak of one: bytes at which something changes."""
     profile = draw(profiles(5, 1, tidy=tidy))
     assume(1 <= len(droppable(profile.graphs[0])) <= MOST_BY_BRUTE_FORCE)
-    choices = all_choices(profile, profile.graphs[0])
-    return profile, choices, draw(st.sampled_from(sorted({choice.peak_bytes for choice in choices})))
+    every = all_choices(profile, profile.graphs[0])
+    return profile, every, draw(st.sampled_from(sorted({choice.peak_bytes for choice in every})))
 
 
 # ---- laws -----------------------------------------------------------------------------------------------
@@ -137,11 +132,11 @@ def test_memory_that_does_not_bind_costs_nothing(profile: Profile, more: int) ->
 @FEW
 @given(solved(tidy=False))
 def test_the_lower_bound_is_never_above_the_best_choice(drawn: tuple[Profile, list[Choice], int]) -> None:
-    profile, choices, free_bytes = drawn
+    profile, every, free_bytes = drawn
     graph, overhead_s = profile.graphs[0], profile.replay_overhead_s
     alignment_bytes = profile.alignment_bytes
     program = Program(graph, alignment_bytes=alignment_bytes, replay_overhead_s=overhead_s, window=10**6)
-    best = best_plan_by_brute_force(choices, free_bytes)
+    best = best_plan_by_brute_force(every, free_bytes)
     assert best is not None
     bound_s = program.bound_s(free_bytes)
     assert bound_s is not None
@@ -157,11 +152,11 @@ def test_the_lower_bound_is_never_above_the_best_choice(drawn: tuple[Profile, li
 def test_a_plan_recomputes_at_most_a_share_more_than_the_best(
     drawn: tuple[Profile, list[Choice], int],
 ) -> None:
-    profile, choices, free_bytes = drawn
+    profile, every, free_bytes = drawn
     graph = profile.graphs[0]
     base = base_bytes(profile, graph)
     plan, memory = plan_or_least(profile, max(base + free_bytes, update_peak_bytes(profile)))
-    best = best_plan_by_brute_force(choices, memory - base)
+    best = best_plan_by_brute_force(every, memory - base)
     assert best is not None
     assert plan.recompute_s - best.recompute_s <= WORST_SHARE * graph.forward_s
 
