@@ -1,0 +1,246 @@
+"""Bad input of fit: each error says what, who and the cure, and carries its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import memfit
+from memfit.errors import InexactAccumulation, InfeasibleBudget, MemfitError, UnsupportedModel
+
+ROWS, WIDTH = 8, 16
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(2)
+
+
+def model() -> nn.Module:
+    """Two layers."""
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+
+def batch() -> dict[str, Tensor]:
+    """A good batch."""
+    return {"x": torch.randn(ROWS, WIDTH), "y": torch.randn(ROWS, 1)}
+
+
+def loss(m: Any, b: Any) -> Tensor:
+    """A mean over rows."""
+    return F.mse_loss(m(b["x"]), b["y"])
+
+
+def fit(**changes: Any) -> memfit.Step:
+    """Fits with one thing changed."""
+    given: dict[str, Any] = {"model": model(), "loss_fn": loss, "batch": batch(), "memory": "1GiB"}
+    given |= changes
+    return memfit.fit(given.pop("model"), given.pop("loss_fn"), given.pop("batch"), **given)
+
+
+def test_the_good_input_is_accepted() -> None:
+    assert fit()(batch()).shape == ()
+
+
+# ---- memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "text"),
+    [
+        ("12Gb", "bits"),
+        ("lots", "lots"),
+        ("", "''"),
+        ("0GiB", "0"),
+        (0, "0"),
+        (-1, "-1"),
+        ("-2GiB", "-2GiB"),
+        ("12 apples", "apples"),
+    ],
+)
+def test_memory_that_cannot_be_read_is_refused(memory: str | int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        fit(memory=memory)
+
+
+@pytest.mark.parametrize("memory", [1.5, True, b"1GiB", [1]])
+def test_memory_of_another_type_is_refused(memory: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"memory|bytes|GiB"):
+        fit(memory=memory)
+
+
+def test_memory_must_be_said_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"say how much memory .* memory='8GiB'"):
+        fit(memory=None)
+
+
+def test_a_budget_below_the_parameters_names_what_is_needed_and_who_holds_it() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"no plan fits 100 B.*Raise the memory by") as caught:
+        fit(memory=100)
+    error = caught.value
+    assert error.budget_bytes == 100
+    assert error.owner in str(error)
+    assert f"{error.needed_bytes:,} B" in str(error)
+    held = sum(p.nbytes for p in model().parameters())
+    assert error.needed_bytes > 2 * held
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, ROWS])
+def test_a_refusal_is_tight(micro_batch_size: int | None) -> None:
+    with pytest.raises(InfeasibleBudget) as caught:
+        fit(memory=1, micro_batch_size=micro_batch_size)
+    needed = caught.value.needed_bytes
+    assert fit(memory=needed, micro_batch_size=micro_batch_size).plan.predicted_peak_bytes <= needed
+    with pytest.raises(InfeasibleBudget):
+        fit(memory=needed - 1, micro_batch_size=micro_batch_size)
+
+
+def test_every_designed_error_is_a_memfit_error() -> None:
+    with pytest.raises(MemfitError):
+        fit(memory=1)
+
+
+# ---- the batch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [{}, [], (), None, 3, {"name": "text"}, {"x": torch.tensor(1.0)}])
+def test_a_batch_without_rows_is_refused(empty: Any) -> None:
+    with pytest.raises(ValueError, match=r"batch .* holds no tensor with rows"):
+        fit(batch=empty)
+
+
+def test_a_batch_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch\['x'\] has 0 rows: leave empty batches out"):
+        fit(batch={"x": torch.randn(0, WIDTH), "y": torch.randn(0, 1)})
+
+
+def test_a_step_refuses_an_empty_batch_too() -> None:
+    step = fit()
+    with pytest.raises(ValueError, match="0 rows"):
+        step({"x": torch.randn(0, WIDTH), "y": torch.randn(0, 1)})
+
+
+def test_rows_that_disagree_name_the_odd_leaf() -> None:
+    odd = {"x": torch.randn(ROWS, WIDTH), "y": torch.randn(ROWS, 1), "z": torch.randn(3)}
+    with pytest.raises(
+        InexactAccumulation, match=r"batch\['z'\] has 3 rows where .* 8.*close over it"
+    ) as caught:
+        fit(batch=odd)
+    assert caught.value.owner == "batch['z']"
+
+
+def test_a_leaf_that_cannot_be_split_is_named_when_splitting_is_asked_for() -> None:
+    odd = batch() | {"other": object()}
+    with pytest.raises(InexactAccumulation, match=r"batch\['other'\].*close over it") as caught:
+        fit(batch=odd, micro_batch_size=2, count="rows")
+    assert caught.value.owner == "batch['other']"
+
+
+# ---- the loss --------------------------------------------------------------------------------------------
+
+
+BAD_LOSSES: list[tuple[Callable[[Any, Any], Any], type[Exception], str]] = [
+    (lambda m, b: m(b["x"]), ValueError, r"shape \(.*, 1\), not one number: reduce it"),
+    (lambda m, b: loss(m, b).item(), TypeError, r"returned a float, not a tensor: return the scalar loss"),
+    (lambda m, b: (loss(m, b), 1), TypeError, r"returned a tuple, not a tensor"),
+    (lambda m, b: None, TypeError, r"returned a NoneType, not a tensor"),
+    (lambda m, b: loss(m, b).detach(), ValueError, r"the loss has no graph.*Do not call \.detach"),
+    (lambda m, b: b["x"].mean(), ValueError, r"the loss has no graph"),
+]
+
+
+@pytest.mark.parametrize(("loss_fn", "kind", "text"), BAD_LOSSES)
+@pytest.mark.parametrize("count", ["auto", "rows"])
+def test_a_loss_that_is_no_scalar_with_a_graph_is_refused(
+    loss_fn: Any, kind: type[Exception], text: str, count: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        fit(loss_fn=loss_fn, count=count)
+
+
+def test_an_error_of_the_loss_itself_reaches_the_user() -> None:
+    def broken(m: Any, b: Any) -> Tensor:
+        raise LookupError("no such column")
+
+    with pytest.raises(LookupError, match="no such column"):
+        fit(loss_fn=broken)
+
+
+# ---- count and micro_batch_size --------------------------------------------------------------------------
+
+
+def test_an_unknown_count_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"count is 'tokens': give 'auto', 'rows', 'labels'"):
+        fit(count="tokens")
+
+
+def test_labels_that_are_not_there_cannot_be_counted() -> None:
+    step = fit(count="labels", micro_batch_size=2)
+    with pytest.raises(InexactAccumulation, match=r"0 leaves called labels.*count= a function"):
+        step(batch())
+
+
+@pytest.mark.parametrize("count", [lambda part: -1, lambda part: float("nan"), lambda part: float("inf")])
+def test_a_count_that_is_no_number_of_at_least_0_is_refused(count: Any) -> None:
+    step = fit(count=count, micro_batch_size=2)
+    with pytest.raises(ValueError, match="each must be a number of at least 0"):
+        step(batch())
+
+
+@pytest.mark.parametrize("size", [0, -1, ROWS + 1, True])
+def test_a_micro_batch_size_outside_the_batch_is_refused(size: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"micro_batch_size is {size}, and the batch has 8 rows: give 1 to 8"
+    ):
+        fit(micro_batch_size=size)
+
+
+def test_a_coupled_loss_is_refused_when_it_would_have_to_be_split() -> None:
+    def coupled(m: Any, b: Any) -> Tensor:
+        out: Tensor = m(b["x"])
+        return (out @ out.T).logsumexp(1).mean()
+
+    step = fit(loss_fn=coupled, micro_batch_size=2)
+    with pytest.raises(
+        InexactAccumulation, match=r"no known weights.*micro_batch_size=8 to keep the batch whole"
+    ):
+        step(batch())
+
+
+# ---- the model -------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"Sequential has no parameter that requires a gradient.*requires_grad_\(\)"
+    ):
+        fit(model=model().requires_grad_(False))
+    with pytest.raises(ValueError, match=r"Tanh has no parameter"):
+        fit(model=nn.Tanh())
+
+
+def test_parameters_on_several_devices_are_named() -> None:
+    split = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1, device="meta"))
+    with pytest.raises(
+        UnsupportedModel, match=r"'0\.\w+' is on cpu and '1\.\w+' on meta.*model\.to"
+    ) as caught:
+        fit(model=split)
+    assert caught.value.owner.startswith("1.")
+
+
+def test_a_compiled_model_is_planned_as_opaque_and_runs_exactly() -> None:
+    plain = model()
+    compiled = torch.compile(plain, backend="eager")
+    step = fit(model=compiled, loss_fn=lambda m, b: loss(m, b) + m(b["x"]).exp().mean(), count="rows")
+    assert float(step(batch())) > 0
+
+
+def test_a_frozen_part_is_no_error() -> None:
+    frozen = nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, 1))
+    fit(model=frozen)(batch())
+    assert [p.grad is None for p in frozen.parameters()] == [True, True, False, False]
