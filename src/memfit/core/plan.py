@@ -236,6 +236,10 @@ class _Candidate:
                 best = self._faster(best, proposal)
                 break
             target_bytes -= max(overshoot, self.free_bytes // 200)
+        if best is None:  # all proposals overshot; what should peak lowest may fit all the same
+            lowest = (self.program.least(), self.program.closure(set()))
+            fitting = [d for d in lowest if self.run(d).peak.total_bytes <= self.free_bytes]
+            best = min(fitting, key=lambda dropped: self.cost_s(self.run(dropped)), default=None)
         return None if best is None else self.plan(best)
 
     def _faster(self, one: frozenset[int] | None, other: frozenset[int] | None) -> frozenset[int] | None:
@@ -303,7 +307,8 @@ def _ranked(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) 
 def _least(profile: Profile, graphs: tuple[StepGraph, ...], budget_bytes: int) -> Plan:
     """The plan of least peak, if it fits. See Note [Search] 4."""
     plans: list[Plan] = []
-    for graph in {min(graphs, key=lambda g: g.rows), max(graphs, key=lambda g: g.rows)}:
+    # Not a set: its order, and with it the choice between equals, would differ from run to run.
+    for graph in dict.fromkeys((min(graphs, key=lambda g: g.rows), max(graphs, key=lambda g: g.rows))):
         candidate = _Candidate(profile, graph, budget_bytes, _program(profile, graph))
         assert candidate.program is not None
         choices = [candidate.program.least(), candidate.program.closure(set()), frozenset[int]()]
