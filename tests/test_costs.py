@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.core.costs import Measured, measured, with_costs
+from memfit.core.costs import Measured, fixed_share, measured, quicker, scaled, with_costs
 from memfit.core.graph import Op, OpKey, StepGraph
 from strategies import Piece, build
 
@@ -55,14 +55,45 @@ def test_a_larger_run_that_was_faster_gives_a_level_line() -> None:
     assert [costs_at(rows, at(2, 9.0), at(4, 5.0)).seconds for rows in (1, 4, 40)] == [5.0, 5.0, 5.0]
 
 
-def test_a_line_that_would_go_below_nothing_stops_there() -> None:
-    """From (4, 1 s) and (8, 9 s): 2 s a row, which is nothing at 3.5 rows and less at 2."""
-    assert costs_at(2, at(4, 1.0), at(8, 9.0)).seconds == 0.0
+def test_nothing_costs_less_than_its_share_of_the_rows() -> None:
+    """From (4, 1 s) and (8, 9 s) a line would fall to nothing at 3.5 rows, and a step never does."""
+    found = costs_at(2, at(4, 1.0, 1), at(8, 9.0, 9))
+    assert (found.seconds, found.temporary_bytes) == (9.0 * 2 / 8, 0)
 
 
-@pytest.mark.parametrize(("rows", "seconds"), [(2, 6.0), (4, 6.0), (12, 18.0)])
-def test_one_measurement_grows_with_the_rows_and_does_not_shrink(rows: int, seconds: float) -> None:
+@pytest.mark.parametrize(("rows", "seconds"), [(2, 3.0), (4, 6.0), (12, 18.0)])
+def test_seconds_of_one_measurement_grow_with_the_rows(rows: int, seconds: float) -> None:
     assert costs_at(rows, at(4, 6.0), at(4, 6.0)).seconds == seconds
+
+
+def test_the_fixed_part_is_read_off_the_whole_step_so_that_one_noisy_op_does_not_bend_its_own_line() -> None:
+    """Totals 10 s and 18 s at 2 and 4 rows: 2 of 18 s are fixed, for the op that seemed to shrink as well."""
+    other = OpKey("other", "aten.op.default", 0)
+    small, large = Measured(2, {KEY: 4.0, other: 6.0}, {}), Measured(4, {KEY: 3.0, other: 15.0}, {})
+    assert fixed_share(small, large) == pytest.approx(2 / 18)
+    assert costs_at(8, small, large).seconds == pytest.approx(3.0 * (2 / 18 + 16 / 18 * 2))
+
+
+def test_bytes_of_two_recorded_sizes_lie_on_their_line() -> None:
+    """10 B at 2 rows and 16 B at 4 rows: 3 B a row and 4 B fixed, so 28 B at 8 rows."""
+    small, large = (
+        replace(ONE, rows=rows, storages=tuple(replace(s, size_bytes=size) for s in ONE.storages))
+        for rows, size in ((2, 10), (4, 16))
+    )
+    assert {s.size_bytes for s in scaled(small, large, 8).storages} == {28}
+
+
+def test_what_two_runs_did_differently_grows_with_the_rows_but_for_gradients() -> None:
+    large = replace(ONE, rows=4)
+    small = replace(ONE, rows=2, log=ONE.log[:-1])
+    found = scaled(small, large, 8)
+    expected = [s.size_bytes * (1 if s.persists else 2) for s in ONE.storages]
+    assert [s.size_bytes for s in found.storages] == expected
+
+
+def test_the_quicker_of_two_runs_counts_and_the_larger_of_their_temporaries() -> None:
+    found = quicker(at(2, 5.0, 7), at(2, 4.0, 9))
+    assert (found.seconds[KEY], found.temporary_bytes[KEY]) == (4.0, 9)
 
 
 def test_an_op_seen_in_the_large_run_only_counts_as_the_same_in_both() -> None:

@@ -1,7 +1,9 @@
 """Seconds and inner temporaries of ops at one micro-batch size, from measurements at two others.
 
-Both grow about as ``fixed + per_row * rows``. Ops that look alike (same op, same shapes) in one run are one
-measurement repeated, so they share the median: otherwise a plan would be chosen by noise.
+Ops that look alike (same op, same shapes) in one run are one measurement repeated, so they share the median:
+otherwise a plan would be chosen by noise. For the same reason seconds follow one law for the whole step,
+``fixed + per_row * rows`` read off the totals of both runs, and not a line of their own each. Bytes have no
+noise: each op's temporaries lie on its own line.
 """
 
 from __future__ import annotations
@@ -41,16 +43,26 @@ def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequ
     return Measured(graph.rows, seconds, temporary_bytes, forward)
 
 
+def quicker(one: Measured, other: Measured) -> Measured:
+    """Each op as quick as in the quicker of two runs, which other work on the machine disturbed less."""
+    seconds = {key: min(s, other.seconds.get(key, s)) for key, s in one.seconds.items()}
+    highest = {
+        key: max(size, other.temporary_bytes.get(key, size)) for key, size in one.temporary_bytes.items()
+    }
+    return replace(one, seconds=seconds, temporary_bytes=highest)
+
+
 def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
     """The graph with seconds and temporaries carried over from two measured sizes (or twice the same).
 
     An op neither run saw keeps what it has.
     """
+    fixed = fixed_share(small, large)
+    growth = fixed + (1.0 - fixed) * graph.rows / large.rows
     ops = []
     for op in graph.ops:
         if op.key in large.seconds:
-            one, two = small.seconds.get(op.key, large.seconds[op.key]), large.seconds[op.key]
-            op = replace(op, seconds=_line(small.rows, one, large.rows, two, graph.rows))
+            op = replace(op, seconds=large.seconds[op.key] * growth)
         if op.key in large.temporary_bytes:
             most = large.temporary_bytes[op.key]
             least = small.temporary_bytes.get(op.key, most)
@@ -58,6 +70,16 @@ def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
             op = replace(op, temporary_bytes=round(grown))
         ops.append(op)
     return replace(graph, ops=tuple(ops))
+
+
+def fixed_share(small: Measured, large: Measured) -> float:
+    """The part of the larger run's seconds that does not grow with the rows, between 0 and 1."""
+    if small.rows >= large.rows:
+        return 0.0
+    common = small.seconds.keys() & large.seconds.keys()
+    less_s, more_s = (sum(point.seconds[key] for key in common) for point in (small, large))
+    per_row_s = (more_s - less_s) / (large.rows - small.rows)
+    return min(1.0, max(0.0, 1.0 - per_row_s * large.rows / max(more_s, 1e-12)))
 
 
 def scaled(small: StepGraph, large: StepGraph, rows: int) -> StepGraph:

@@ -39,7 +39,8 @@ class Plan:
         predicted_step_s: Seconds of the step, update and recomputation included.
         forward_s: Seconds of the forwards of one step.
         recompute_s: Seconds of recomputation in one step.
-        lower_bound_s: No plan of this kind recomputes less at this micro-batch size.
+        lower_bound_s: No plan of this kind recomputes less at this micro-batch size: one that replays each
+            op at most once, and not earlier than 24 backward slots before its own backward.
         recompute: The values that are computed again instead of kept.
         recomputed_bytes: Their size in one micro-batch.
     """

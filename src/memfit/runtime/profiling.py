@@ -13,7 +13,7 @@ Note [Profiling]
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
-from memfit.core.costs import Measured, measured, scaled, with_costs
+from memfit.core.costs import Measured, measured, quicker, scaled, with_costs
 from memfit.core.graph import Profile, Residents
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import UnsupportedModel
@@ -38,6 +38,8 @@ _log = logging.getLogger("memfit")
 REPLAY_OVERHEAD_S = 1.5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _CUDA_BLOCK_BYTES = 512
 _FEW_ROWS = 4
+_QUICK_S = 0.3
+_REPEATS = 3
 
 
 class Job(NamedTuple):
@@ -84,9 +86,9 @@ def profile(
         recordings, residents, update = _record_all(job, rows, counts, device)
         points = None
         if real:
-            sizes = _measurable(recordings, residents, rows, limit_bytes)
+            most_rows = _measurable_rows(recordings, residents, rows, limit_bytes)
             with _contents_of(model):
-                points = _measure(job, place, sizes)
+                points = _measure(job, place, most_rows)
                 if points is not None and not _same_ops(recordings, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings = _record_scaled(job, rows, counts)
@@ -347,48 +349,50 @@ def _same_ops(recordings: list[Recording], point: Measured) -> bool:
     return forward == {key for key in point.forward if key.frame}
 
 
-def _measurable(
+def _measurable_rows(
     recordings: list[Recording], residents: Residents, rows: int, limit_bytes: int | None
-) -> tuple[int, int]:
-    """Two numbers of rows at which a plain step can be measured in the memory there is."""
+) -> int:
+    """The most rows of which a plain step can be measured in the memory there is; at least 1."""
     if limit_bytes is None:
-        return max(1, min(_FEW_ROWS, rows) // 2), min(_FEW_ROWS, rows)
+        return min(_FEW_ROWS, rows)
     smallest = min(recordings, key=lambda r: r.graph.rows).graph
     largest = max(recordings, key=lambda r: r.graph.rows).graph
     low_bytes, high_bytes = (simulate_run(g).peak.total_bytes for g in (smallest, largest))
     per_row = (high_bytes - low_bytes) / max(1, largest.rows - smallest.rows)
     free_bytes = limit_bytes - residents.total_bytes - low_bytes
     fitting = smallest.rows + int(max(0.0, free_bytes) / per_row) if per_row > 0 else rows
-    most = max(1, min(rows, fitting, 4 * _FEW_ROWS))
-    return max(1, most // 2), most
+    return max(1, min(rows, fitting))
 
 
-def _measure(job: Job, place: torch.device, sizes: tuple[int, int]) -> tuple[Measured, Measured] | None:
-    """Two real steps of few rows; None where they cannot be run."""
-    points = []
-    for few in sizes:
-        part = _first_rows(job.batch, rows_of(job.batch), few)
-        make = _once_warm(job, part, few, probe_for(place))
-        try:
-            recording = make()
-        except (RuntimeError, ValueError) as error:
-            _log.info("no measurement at %d rows: %s", few, error)
-            continue
-        points.append(measured(recording.graph, recording.signatures, recording.peaks))
-    return (points[0], points[-1]) if points else None
+def _measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Measured] | None:
+    """Real steps at two numbers of rows, as large as is quick; None where they cannot be run."""
+    size = min(_FEW_ROWS, most_rows)
+    large = _measured_at(job, place, size)
+    while large is not None and sum(large.seconds.values()) < _QUICK_S and 2 * size <= most_rows:
+        size = min(4 * size, most_rows)
+        large = _measured_at(job, place, size) or large
+    small = _measured_at(job, place, max(1, size // 2))
+    if large is None or small is None:
+        return (small or large, small or large) if small or large else None  # type: ignore[return-value]
+    return small, large
 
 
-def _once_warm(job: Job, part: Any, few: int, make_probe: Callable[[], Probe]) -> Callable[[], Recording]:
-    """Runs a step twice and keeps the second: the first pays for what is built once."""
-
-    def make() -> Recording:
-        recording = None
-        for _ in range(2):
+def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:
+    """The quickest of some real steps, op by op; the first step pays for what is built once."""
+    part = _first_rows(job.batch, rows_of(job.batch), few)
+    small = job._replace(batch=part)
+    best: Measured | None = None
+    try:
+        for repeat in range(1 + _REPEATS):
             _prepare_gradients(job.model, resident=False)
-            small = job._replace(batch=part)
-            recording = _record_one(small, part, few, 1, make_probe(), resident=False, hold_saved=True)
-        _prepare_gradients(job.model, resident=False)
-        assert recording is not None
-        return recording
-
-    return make
+            probe = probe_for(place)()
+            run = _record_one(small, part, few, 1, probe, resident=False, hold_saved=True)
+            if repeat:
+                point = measured(run.graph, run.signatures, run.peaks)
+                best = point if best is None else quicker(best, point)
+                if sum(point.seconds.values()) > _QUICK_S:
+                    break
+    except (RuntimeError, ValueError) as error:
+        _log.info("no measurement at %d rows: %s", few, error)
+    _prepare_gradients(job.model, resident=False)
+    return best
