@@ -36,10 +36,13 @@ test: check  ## The checks, then every test that needs no GPU
 
 check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promised against measured memory
 	$(PY) -m pytest -m cuda
-	$(PY) benchmarks/check_cuda.py
+	$(PY) benchmarks/check_cuda.py --out benchmarks/results/cuda.json
 
 bench: $(STAMP)  ## Measure what the README reports
-	$(PY) benchmarks/issue2.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/recompute.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/overhead.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/large.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

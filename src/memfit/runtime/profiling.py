@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
 from memfit.core.costs import Measured, measured, quicker, scaled, with_costs
@@ -35,7 +35,7 @@ from memfit.runtime.record import Recording, record, record_update
 
 _log = logging.getLogger("memfit")
 
-REPLAY_OVERHEAD_S = 1.5e-5  # of one replayed op, its record included: benchmarks/overhead.py
+REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _CUDA_BLOCK_BYTES = 512
 _FEW_ROWS = 4
 _QUICK_S = 0.3
@@ -101,6 +101,7 @@ def profile(
         update_s=update.seconds,
         alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
         replay_overhead_s=REPLAY_OVERHEAD_S,
+        unexplained_bytes=_unexplained_bytes(job, place),
         source="roofline" if points is None else f"measured at {points[0].rows} and {points[1].rows} rows",
     )
 
@@ -300,6 +301,25 @@ def _residents(job: Job, batch: Any, update: _Update) -> Residents:
         optimizer_bytes=update.net_bytes,
         batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
     )
+
+
+def _unexplained_bytes(job: Job, place: torch.device) -> int:
+    """What else is allocated on a CUDA device: workspaces of cuBLAS, tensors that are not of this step."""
+    if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
+        return 0
+    known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
+    known += [p.grad for p in job.model.parameters() if p.grad is not None]
+    known += optimizer_state(job.optimizer)
+    on_device = resident_bytes(t for t in known if t.device == place)
+    return max(0, torch.cuda.memory_allocated(place) - on_device)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """The tensors an optimizer holds by now."""
+    if optimizer is None:
+        return []
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _record_really(

@@ -29,6 +29,7 @@ from memfit.runtime.count import Counter, weights
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.micro import LossFn, weighted_loss
 from memfit.runtime.preserve import Snapshot
+from memfit.runtime.profiling import optimizer_state
 from memfit.runtime.replay import Replayer, decisions_of
 from memfit.units import format_bytes
 
@@ -190,24 +191,11 @@ class Step:
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         place = parameters[0].device
-        state_bytes = resident_bytes(_state_of(self._optimizer, place))
-        resident = resident_bytes(
-            [
-                *parameters,
-                *self._model.buffers(),
-                *gradients,
-                *(t for _, t in tensors_of(batch) if t.device == place),
-            ]
-        )
+        state = [t for t in optimizer_state(self._optimizer) if t.device == place]
+        before = [*parameters, *self._model.buffers(), *gradients, *state]
+        before += [t for _, t in tensors_of(batch) if t.device == place]
+        level_bytes = torch.cuda.memory_allocated(place) if place.type == "cuda" else resident_bytes(before)
+        unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
-        expected_bytes = max(state_bytes, self.profile.residents.optimizer_bytes)
-        return loss, resident + expected_bytes + meter.peak_bytes
-
-
-def _state_of(optimizer: torch.optim.Optimizer | None, place: torch.device) -> list[Tensor]:
-    """The tensors an optimizer holds on a device."""
-    if optimizer is None:
-        return []
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    return [value for value in states if isinstance(value, Tensor) and value.device == place]
+        return loss, level_bytes + unborn_bytes + meter.peak_bytes
