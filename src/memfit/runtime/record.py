@@ -8,7 +8,7 @@ Note [Recording]
     address for the next one.
  4. Autograd sums two gradients in place when it owns one of them, but not under a dispatch mode
     (``torch/csrc/autograd/input_buffer.cpp`` refuses tensor subclasses). The recording is mended:
-    an ``add`` whose operand dies there reuses its storage.
+    an ``add`` whose operand dies there reuses its storage. Views never are: their base owns too.
  5. What a factory makes (``empty``, ``zeros``) may be written invisibly before it is read, so it can be
     made again only for an op that overwrites all of it unread (``bernoulli_``).
  6. A value that is saved and then written to is, for autograd, what the storage holds in the end (chunks
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -100,6 +100,7 @@ class Recorder(TorchDispatchMode):
         self.appeared: dict[int, int] = {}
         self.place = ""
         self.numbers: dict[int, int] = {}
+        self.owning_sums: set[int] = set()
         self.blank_ops: list[int] = []
         self.overwriting_ops: set[int] = set()
         self._alive: dict[int, int] = {}
@@ -125,6 +126,8 @@ class Recorder(TorchDispatchMode):
                 self._appear(tensor)
         inputs = self._inputs(args, kwargs)
         written = declared_writes(info, args, kwargs)
+        if func is _ADD and not args[0]._is_view():
+            self.owning_sums.add(len(self.ops))
         out = self._probe.call(func, args, kwargs)
         self._note(func, info, key, inputs, written, out, args, kwargs)
         return out
@@ -406,7 +409,11 @@ def _finish(
         log=tuple(recorder.log),
         coupled=tuple(dict.fromkeys(recorder.coupled)),
     )
-    return Recording(sum_in_place(graph), tuple(recorder.signatures), tuple(c.peak_bytes for c in costs))
+    return Recording(
+        sum_in_place(graph, recorder.owning_sums),
+        tuple(recorder.signatures),
+        tuple(c.peak_bytes for c in costs),
+    )
 
 
 def _with_numbers(cost: OpCost, size_bytes: int) -> OpCost:
@@ -429,16 +436,12 @@ def _must_be_kept(recorder: Recorder) -> set[int]:
     return blank | {recorder.values[v].producer for v in saved if recorder.values[v].is_overwritten}
 
 
-def sum_in_place(graph: StepGraph) -> StepGraph:
+def sum_in_place(graph: StepGraph, owning_sums: Collection[int]) -> StepGraph:
     """Lets the engine's sums of two gradients reuse a dying operand. See Note [Recording] 4."""
     ops, log = list(graph.ops), list(graph.log)
     same: dict[int, int] = {}
     for position, (kind, index) in enumerate(graph.log):
-        if (
-            kind != LogKind.OP
-            or index < graph.forward_ops
-            or not graph.ops[index].key.op.startswith(str(_ADD))
-        ):
+        if kind != LogKind.OP or index < graph.forward_ops or index not in owning_sums:
             continue
         dying = _freed_right_after(graph, position, graph.ops[index].allocates)
         if dying is not None:
