@@ -175,7 +175,7 @@ class Record:
         args, kwargs = _opened(self.arguments), {k: _opened(v) for k, v in self.keywords.items()}
         for position in self.statistics:
             args[position] = args[position].clone()
-        with _generator_at(self.seed), torch.set_grad_enabled(self.has_gradients):
+        with _generator_at(self), torch.set_grad_enabled(self.has_gradients):
             out = self.func(*args, **kwargs)
         results = [*declared_writes(op_info(self.func), tuple(args), kwargs), *tensors_in(out)]
         for number, reference in self.outputs:
@@ -480,18 +480,31 @@ def _generator_state(device: torch.device) -> tuple[torch.device, Tensor]:
 
 
 @contextmanager
-def _generator_at(seed: tuple[torch.device, Tensor] | None) -> Iterator[None]:
-    """Runs the body at a recorded generator state and puts the stream back."""
-    if seed is None:
+def _generator_at(record: Record) -> Iterator[None]:
+    """Runs the body at a record's generator state, which it uses up, and puts the stream back.
+
+    The present state is kept outside of tensors, so that two states are never in memory at once.
+    """
+    if record.seed is None:
         yield
         return
-    device, state = seed
-    _, now = _generator_state(device)
+    device, state = record.seed
+    now = _generator_of(device).clone_state()
     _set_generator(device, state)
+    record.seed = None
+    del state
     try:
         yield
     finally:
-        _set_generator(device, now)
+        _set_generator(device, now.get_state())
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    """A device's default generator."""
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
 
 
 def _set_generator(device: torch.device, state: Tensor) -> None:
