@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memfit.core.batching import parts_for
 from memfit.core.graph import Profile, Residents, StepGraph, ValueKey
 from memfit.core.plan import find_plan
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import InfeasibleBudget
-from memfit.runtime import replay
+from memfit.runtime import count, replay
+from memfit.runtime.batch import split
+from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.probe import Roofline, RooflineProbe
 from memfit.runtime.record import record
 from memfit.runtime.replay import Replayer, decisions_of
@@ -656,3 +659,221 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(replay.Record, "run", counted)
     return seen
+
+
+# ---- the zoo ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ZooCase:
+    """A real model in small. ``count`` is None where micro-batches would change the loss."""
+
+    name: str
+    build: Callable[[int], nn.Module]
+    batch: Callable[[int, int], Any]
+    loss: LossFn
+    count: str | None
+    rows: int
+
+
+def _own_loss(model: Any, batch: Any) -> Tensor:
+    """The loss a transformers model computes itself."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _text(rows: int, scale: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 96, (rows, 32 * scale))
+    labels = ids.clone()
+    labels[:, ::3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def _pictures(rows: int, scale: int) -> dict[str, Tensor]:
+    side = 32 * scale
+    return {"pixel_values": torch.randn(rows, 3, side, side), "labels": torch.randint(0, 10, (rows,))}
+
+
+def _gpt2(scale: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=2 * scale, n_embd=48 * scale, n_head=4, vocab_size=96, n_positions=32 * scale, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    config.loss_type = "ForCausalLM"
+    return GPT2LMHeadModel(config)
+
+
+def _llama(scale: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=2 * scale, hidden_size=48 * scale, intermediate_size=128 * scale, vocab_size=96,
+        num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _bert(scale: int) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        num_hidden_layers=2 * scale, hidden_size=48 * scale, intermediate_size=128 * scale, vocab_size=96,
+        num_attention_heads=4, max_position_embeddings=32 * scale,
+    )  # fmt: skip
+    return BertForMaskedLM(config)
+
+
+def _vit(scale: int) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        num_hidden_layers=2 * scale, hidden_size=48 * scale, intermediate_size=128 * scale,
+        num_attention_heads=4, image_size=32 * scale, patch_size=4, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    config.num_labels = 10
+    return ViTForImageClassification(config)
+
+
+def _resnet(scale: int) -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16 * scale, 32 * scale], depths=[2, 2 * scale], layer_type="basic",
+    )  # fmt: skip
+    config.num_labels = 10
+    return ResNetForImageClassification(config)
+
+
+def _convnet(scale: int) -> nn.Module:
+    """Convolution, BatchNorm, in-place ReLU, dropout of channels, pooling."""
+    width = 16 * scale
+    block = [
+        layer
+        for _ in range(2)
+        for layer in (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(0.1),
+        )
+    ]
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(nn.Conv2d(3, width, 3), *block, nn.MaxPool2d(2), *head)
+
+
+def _classify(model: Any, batch: Any) -> Tensor:
+    """Cross entropy over pictures."""
+    return F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
+
+
+class _Recurrent(nn.Module):
+    """Embedding, LSTM, a tied output layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, width)
+        self.rnn = nn.LSTM(width, width, 2, batch_first=True, dropout=0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of each position."""
+        out, _ = self.rnn(self.embed(ids))
+        return F.linear(out.tanh(), self.embed.weight)
+
+
+def _sequence_loss(model: Any, batch: Any) -> Tensor:
+    """Cross entropy over labels."""
+    return F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+class _Block(nn.Module):
+    """A transformer block with attention of torch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the block under a checkpoint of its own."""
+        out: Tensor = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+
+def _encoder(scale: int) -> nn.Module:
+    width = 48 * scale
+    middle = [
+        nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True) for _ in range(2)
+    ]
+    return nn.Sequential(nn.Embedding(96, width), *middle, _Block(width), nn.Linear(width, 96))
+
+
+ZOO = {
+    zoo.name: zoo
+    for zoo in (
+        ZooCase("gpt2", _gpt2, _text, _own_loss, "shifted_labels", 12),
+        ZooCase("llama", _llama, _text, _own_loss, "shifted_labels", 12),
+        ZooCase("bert", _bert, _text, _own_loss, "labels", 12),
+        ZooCase("vit", _vit, _pictures, _own_loss, "rows", 12),
+        ZooCase("resnet", _resnet, _pictures, _own_loss, None, 12),
+        ZooCase("convnet", _convnet, _pictures, _classify, None, 12),
+        ZooCase("recurrent", lambda scale: _Recurrent(48 * scale), _text, _sequence_loss, "labels", 12),
+        ZooCase("encoder", _encoder, _text, _sequence_loss, "labels", 12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One budget of one model, judged by the allocator."""
+
+    budget_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    differences: list[str]
+    recomputes: int
+
+
+def budgets_of(profile: Profile, number: int = 5) -> list[int]:
+    """Budgets from the least memory to a little more than no recomputation takes."""
+    try:
+        least = find_plan(profile, memory=1).predicted_peak_bytes
+    except InfeasibleBudget as refused:
+        least = refused.needed_bytes
+    most = find_plan(profile, memory=2**50).predicted_peak_bytes * 33 // 32
+    return [least + (most - least) * i // (number - 1) for i in range(number)]
+
+
+def accumulated(model: nn.Module, loss_fn: LossFn, parts: list[Any], shares: list[float] | None) -> Tensor:
+    """The plain step over micro-batches, written by hand."""
+    total: Tensor | None = None
+    for number, part in enumerate(parts):
+        loss = loss_fn(model, part)
+        if shares is not None:
+            loss = loss * shares[number]
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
+def judge(zoo: ZooCase, model: nn.Module, batch: Any, step: Any) -> Judged:
+    """Runs a fitted step and the plain one at the same micro-batches; measures the peak of the former."""
+    plan = step.plan
+    counter = {"rows": count.rows, "labels": count.labels, "shifted_labels": count.shifted_labels}
+    twin = copy.deepcopy(model)
+    parts = split(batch, parts_for(plan.rows, plan.micro_batch_size))
+    shares = None if len(parts) == 1 or zoo.count is None else count.weights(counter[zoo.count], parts)
+    torch.manual_seed(11)
+    plain = outcome_of(twin, accumulated(twin, zoo.loss, parts, shares))
+    torch.manual_seed(11)
+    resident = resident_bytes([*model.parameters(), *model.buffers(), *batch.values()])
+    with PeakMeter("cpu") as meter:
+        loss = step._run(batch)
+    found = differences(plain, outcome_of(model, loss))
+    return Judged(
+        plan.budget_bytes, plan.predicted_peak_bytes, resident + meter.peak_bytes, found, plan.recomputes
+    )
