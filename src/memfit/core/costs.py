@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from memfit.core.graph import OpKey, StepGraph
 
@@ -23,7 +23,7 @@ class Measured:
     rows: int
     seconds: dict[OpKey, float]
     temporary_bytes: dict[OpKey, int]
-    forward: frozenset[OpKey] = frozenset()
+    made_bytes: dict[OpKey, int] = field(default_factory=dict)
 
 
 def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequence[int | None]) -> Measured:
@@ -39,8 +39,16 @@ def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequ
             made_bytes = sum(graph.storages[s].size_bytes for s in op.allocates)
             temporary_bytes[op.key] = max(0, peak_bytes - made_bytes)
     seconds = {op.key: medians[s] for op, s in zip(graph.ops, signatures, strict=True)}
-    forward = frozenset(op.key for op in graph.ops[: graph.forward_ops])
-    return Measured(graph.rows, seconds, temporary_bytes, forward)
+    return Measured(graph.rows, seconds, temporary_bytes, forward_bytes(graph))
+
+
+def forward_bytes(graph: StepGraph) -> dict[OpKey, int]:
+    """What each op of the forward allocates for its outputs."""
+    return {
+        op.key: sum(graph.storages[s].size_bytes for s in op.allocates)
+        for op in graph.ops[: graph.forward_ops]
+        if op.allocates
+    }
 
 
 def quicker(one: Measured, other: Measured) -> Measured:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
-from memfit.core.costs import Measured, measured, quicker, scaled, with_costs
+from memfit.core.costs import Measured, forward_bytes, measured, quicker, scaled, with_costs
 from memfit.core.graph import Profile, Residents
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import UnsupportedModel
@@ -83,13 +83,13 @@ def profile(
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in model.parameters())
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
-        recordings, residents, update = _record_all(job, rows, counts, device)
+        recordings, residents, update, by_fakes = _record_all(job, rows, counts, device)
         points = None
         if real:
             most_rows = _measurable_rows(recordings, residents, rows, limit_bytes)
             with _contents_of(model):
                 points = _measure(job, place, most_rows)
-                if points is not None and not _same_ops(recordings, points[1]):
+                if points is not None and by_fakes and not _fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings = _record_scaled(job, rows, counts)
     graphs = [r.graph if points is None else with_costs(r.graph, *points) for r in recordings]
@@ -151,10 +151,11 @@ class _Update(NamedTuple):
 
 def _record_all(
     job: Job, rows: int, counts: tuple[int, ...], device: Roofline | None
-) -> tuple[list[Recording], Residents, _Update]:
-    """Every size on fake tensors, or really at few rows where fakes do not do."""
+) -> tuple[list[Recording], Residents, _Update, bool]:
+    """Every size on fake tensors (then the last is true), or really at few rows where fakes do not do."""
     try:
-        return _record_fakes(job, rows, counts, device or Roofline())
+        with _quiet_fakes():
+            return *_record_fakes(job, rows, counts, device or Roofline()), True
     except _USERS_FAULTS:
         raise
     except Exception as error:
@@ -166,7 +167,7 @@ def _record_all(
             ) from error
         _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
         with _contents_of(job.model):
-            return _record_really(job, rows, counts)
+            return *_record_really(job, rows, counts), False
 
 
 _USERS_FAULTS = (TypeError, ValueError)
@@ -223,6 +224,18 @@ def _contents_of(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """What fakes cannot do is an answer here, not an error to log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -362,11 +375,19 @@ def _first_rows(batch: Any, rows: int, few: int) -> Any:
     return split(batch, (few, rows - few))[0] if few < rows else batch
 
 
-def _same_ops(recordings: list[Recording], point: Measured) -> bool:
-    """Whether the fake forward is the one that really ran; what the weights and sums add is left out."""
-    graph = recordings[0].graph
-    forward = {op.key for op in graph.ops[: graph.forward_ops] if op.key.frame}
-    return forward == {key for key in point.forward if key.frame}
+def _fakes_agree(job: Job, rows: int, point: Measured) -> bool:
+    """Whether fakes do what a measured run really did: the same ops, making as many bytes.
+
+    They do not where a model reads its data, or where an op's fake has no workspace (MKL-DNN's LSTM).
+    """
+    part = _first_rows(job.batch, rows, point.rows)
+    faker = Faker(mode_for(job.model))
+    with faked(job.model, faker), _entered(faker):
+        _prepare_gradients(job.model, resident=False)
+        batch = faker.batch(part)
+        small = job._replace(batch=batch)
+        graph = _record_one(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+    return forward_bytes(graph) == point.made_bytes
 
 
 def _measurable_rows(
