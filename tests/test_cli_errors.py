@@ -96,7 +96,7 @@ def test_a_wrong_target_is_bad_input_in_both_commands(
         ("jobs:empty_batch", "batch"),
         ("jobs:batch_without_tensors", "batch"),
         ("jobs:rows_that_differ", "other"),
-        ("jobs:loss_of_many_values", "scalar"),
+        ("jobs:loss_of_many_values", "one number"),
         ("jobs:loss_without_a_graph", "grad"),
         ("jobs:loss_that_is_a_number", "tensor"),
         ("jobs:frozen_model", "parameter"),
