@@ -417,8 +417,11 @@ def _finish(
 
 
 def _with_numbers(cost: OpCost, size_bytes: int) -> OpCost:
-    """The inner peak of an op with the numbers it was called with, which are made just before it."""
-    return cost if cost.peak_bytes is None else cost._replace(peak_bytes=cost.peak_bytes + size_bytes)
+    """The inner peak of an op with the numbers it was called with, which are made just before it.
+
+    Twice: a replay makes its own while autograd keeps the first.
+    """
+    return cost if cost.peak_bytes is None else cost._replace(peak_bytes=cost.peak_bytes + 2 * size_bytes)
 
 
 def _must_be_kept(recorder: Recorder) -> set[int]:
