@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 import memfit
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 
 def mlp() -> nn.Module:

@@ -32,7 +32,7 @@ def test_a_profile_survives_json(profile: Profile) -> None:
 def test_the_json_holds_every_field() -> None:
     """A field that the JSON forgot would come back as its default."""
     graph = replace(PROFILE.graphs[0], coupled=("block.0: aten.native_batch_norm.default",))
-    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), 5, 6.0, 7, 8.0, 9, "fake")
+    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), 5, 6.0, 6.5, 7, 8.0, 9, "fake")
     assert Profile.from_json(unusual.to_json()) == unusual
     assert set(json.loads(unusual.to_json())) == {field.name for field in fields(Profile)} | {"format"}
     assert set(graph.to_data()) == {field.name for field in fields(StepGraph)}

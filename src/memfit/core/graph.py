@@ -211,6 +211,7 @@ class Profile:
         residents: Bytes alive throughout; gradients as after the first micro-batch.
         update_temporary_bytes: Peak of ``optimizer.step()`` above the residents.
         update_s: Seconds of ``optimizer.step()``.
+        fixed_s: Seconds of a micro-batch that do not grow with its rows.
         alignment_bytes: The allocator rounds every block up to this.
         replay_overhead_s: Seconds that replaying one op costs beside the op itself.
         unexplained_bytes: What a measured run showed above the prediction; added to every peak.
@@ -222,6 +223,7 @@ class Profile:
     residents: Residents
     update_temporary_bytes: int
     update_s: float
+    fixed_s: float = 0.0
     alignment_bytes: int = 1
     replay_overhead_s: float = 0.0
     unexplained_bytes: int = 0

@@ -189,7 +189,18 @@ class _Candidate:
     @property
     def least_step_s(self) -> float:
         """Seconds no plan of this size can undercut."""
-        return self.steps * (self.graph.seconds + self.bound_s) + self.profile.update_s
+        return self.step_s(self.bound_s)
+
+    @property
+    def largest(self) -> float:
+        """The effective batch in largest micro-batches: a little less than ``steps`` if parts are uneven."""
+        return self.profile.rows / self.graph.rows
+
+    def step_s(self, recompute_s: float) -> float:
+        """Seconds of a step that recomputes this long in its largest micro-batch."""
+        fixed_s = min(self.profile.fixed_s, self.graph.seconds)
+        growing_s = self.graph.seconds - fixed_s + recompute_s
+        return self.steps * fixed_s + self.largest * growing_s + self.profile.update_s
 
     @property
     def free_bytes(self) -> int:
@@ -278,10 +289,10 @@ class _Candidate:
             budget_bytes=self.budget_bytes,
             predicted_peak_bytes=max(peak_bytes, update_bytes),
             peak_owner=owner,
-            predicted_step_s=self.steps * (self.graph.seconds + recompute_s) + self.profile.update_s,
-            forward_s=self.steps * self.graph.forward_s,
-            recompute_s=self.steps * recompute_s,
-            lower_bound_s=self.steps * min(self.bound_s, recompute_s),
+            predicted_step_s=self.step_s(recompute_s),
+            forward_s=self.largest * self.graph.forward_s,
+            recompute_s=self.largest * recompute_s,
+            lower_bound_s=self.largest * min(self.bound_s, recompute_s),
             recompute=tuple(sorted(self.graph.value_key(v) for v in dropped)),
             recomputed_bytes=sum(self.graph.size_bytes(v) for v in dropped),
         )

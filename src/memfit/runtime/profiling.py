@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts, candidate_part_counts, parts_for
-from memfit.core.costs import Measured, forward_bytes, measured, quicker, scaled, with_costs
-from memfit.core.graph import Profile, Residents
+from memfit.core.costs import Measured, fixed_share, forward_bytes, measured, quicker, scaled, with_costs
+from memfit.core.graph import Profile, Residents, StepGraph
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import rows_of, split, tensors_of
@@ -40,6 +40,7 @@ _CUDA_BLOCK_BYTES = 512
 _FEW_ROWS = 4
 _QUICK_S = 0.3
 _REPEATS = 3
+_DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
 
 class Job(NamedTuple):
@@ -99,6 +100,7 @@ def profile(
         residents=residents,
         update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
         update_s=update.seconds,
+        fixed_s=_fixed_s(graphs[0], points),
         alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
         replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
@@ -314,6 +316,12 @@ def _residents(job: Job, batch: Any, update: _Update) -> Residents:
         optimizer_bytes=update.net_bytes,
         batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
     )
+
+
+def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> float:
+    """Seconds of a micro-batch that do not grow with its rows: at least the dispatch of each op."""
+    measured_s = 0.0 if points is None else fixed_share(*points) * sum(points[1].seconds.values())
+    return max(measured_s, _DISPATCH_S * len(graph.ops))
 
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
