@@ -202,20 +202,27 @@ def _record_counts(
         return _record_one(job, batch, rows, count, RooflineProbe(device), resident=count > 1)
 
     found = {count: recorded(count) for count in counts if count == 1}
+    if found and found[1].graph.coupled:
+        return [found[1]]  # a layer that mixes rows must see them all, so no other size is worth a look
     several = sorted(
         (count for count in counts if count > 1), key=lambda count: -balanced_parts(rows, count)[0]
     )
-    ends = several[:1] + several[1:][:1]
-    found |= {count: recorded(count) for count in ends}
-    for count in several[2:]:
-        large, small = found[ends[0]], found[ends[1]]
+    ends: list[Recording] = []
+    for count in several:
         size = balanced_parts(rows, count)[0]
         # One row is a size of its own: what is expanded or contiguous differs there.
-        alike = small.graph.log == large.graph.log and size > 1
-        found[count] = (
-            large._replace(graph=scaled(small.graph, large.graph, size)) if alike else recorded(count)
-        )
-    return [found[count] for count in counts]
+        if len(ends) == 2 and size > 1 and ends[1].graph.log == ends[0].graph.log:
+            large, small = ends
+            found[count] = large._replace(graph=scaled(small.graph, large.graph, size))
+            continue
+        try:
+            found[count] = recorded(count)
+            ends = [*ends, found[count]][:2]
+        except ValueError as error:
+            if not found:
+                raise
+            _log.info("no micro-batch of %d rows: %s", size, error)
+    return [found[count] for count in counts if count in found]
 
 
 @contextmanager
@@ -375,6 +382,8 @@ def _record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordi
         small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
         graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
         found.append(large._replace(graph=graph))
+        if graph.coupled and count == 1:
+            break
     return found
 
 
