@@ -233,11 +233,17 @@ def test_parameters_on_several_devices_are_named() -> None:
     assert caught.value.owner.startswith("1.")
 
 
-def test_a_compiled_model_is_planned_as_opaque_and_runs_exactly() -> None:
-    plain = model()
-    compiled = torch.compile(plain, backend="eager")
-    step = fit(model=compiled, loss_fn=lambda m, b: loss(m, b) + m(b["x"]).exp().mean(), count="rows")
-    assert float(step(batch())) > 0
+@pytest.mark.parametrize("where", ["whole", "part", "in place"])
+def test_a_compiled_model_is_refused_with_the_cure(where: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    if where == "part":
+        model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+    if where == "in place":
+        model[0].compile(backend="eager")
+    compiled = torch.compile(model, backend="eager") if where == "whole" else model
+    with pytest.raises(UnsupportedModel, match=r"is compiled by torch.compile.*_orig_mod") as caught:
+        fit(model=compiled)
+    assert caught.value.owner == ("OptimizedModule" if where == "whole" else "0")
 
 
 def test_a_frozen_part_is_no_error() -> None:

@@ -38,7 +38,7 @@ _log = logging.getLogger("memfit")
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _CUDA_BLOCK_BYTES = 512
 _FEW_ROWS = 4
-_QUICK_S = 0.3
+_QUICK_S = 0.6
 _REPEATS = 3
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
@@ -113,13 +113,21 @@ def check_model(model: nn.Module) -> torch.device:
 
     Raises:
         ValueError: Nothing is trainable.
-        UnsupportedModel: Its parameters are on several devices.
+        UnsupportedModel: Its parameters are on several devices, or a part of it is compiled.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
             "train: call requires_grad_() on what is to be trained"
+        )
+    compiled = next((name for name, m in model.named_modules() if _is_compiled(m)), None)
+    if compiled is not None:
+        raise UnsupportedModel(
+            f"{compiled or 'the model'} is compiled by torch.compile, which hides its ops and runs eagerly "
+            "while memfit looks. Give memfit the module you gave to torch.compile (its ._orig_mod); compiled "
+            "regions cannot be planned yet",
+            owner=compiled or type(model).__name__,
         )
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
@@ -130,6 +138,11 @@ def check_model(model: nn.Module) -> torch.device:
             owner=second,
         )
     return next(iter(places))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` wraps a module, or ``module.compile()`` replaced its call."""
+    return hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def _counts(rows: int, micro_batch_size: int | None) -> tuple[int, ...]:
@@ -309,8 +322,10 @@ def _record_optimizer(
         size_bytes = resident_bytes(parameters)
         return 3 * size_bytes, 2 * size_bytes, 0.0
     peak_bytes = max((m.total_bytes for m in simulate_run(graph).moments), default=0)
-    net_bytes = sum(s.size_bytes for s in graph.storages if s.persists)
-    return max(peak_bytes, net_bytes), net_bytes, graph.seconds
+    # Counters made from Python numbers are no op's output, so the state itself is counted.
+    net_bytes = resident_bytes(optimizer_state(optimizer))
+    made_bytes = sum(s.size_bytes for s in graph.storages if s.persists)
+    return max(peak_bytes - made_bytes, 0) + net_bytes, net_bytes, graph.seconds
 
 
 def _residents(job: Job, batch: Any, update: _Update) -> Residents:
