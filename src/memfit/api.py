@@ -14,9 +14,10 @@ from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, counter_for
+from memfit.runtime.job import check_model
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import LossFn
-from memfit.runtime.profiling import check_model, profile
+from memfit.runtime.profiling import profile
 from memfit.runtime.step import Step, Verdict
 from memfit.units import parse_memory
 from memfit.workload import Workload

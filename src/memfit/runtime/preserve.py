@@ -80,3 +80,13 @@ def no_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in former:
             parameter.grad = gradient
+
+
+@contextmanager
+def contents_of(model: nn.Module) -> Iterator[None]:
+    """A real run in the body writes to buffers; afterwards they hold what they held."""
+    snapshot = Snapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()

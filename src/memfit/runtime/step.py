@@ -26,10 +26,10 @@ from memfit.core.plan import Plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.count import Counter, weights
+from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.micro import LossFn, weighted_loss
 from memfit.runtime.preserve import Snapshot
-from memfit.runtime.profiling import optimizer_state
 from memfit.runtime.replay import Replayer, decisions_of
 from memfit.units import format_bytes
 

@@ -1,0 +1,70 @@
+"""Measures real steps of few rows: seconds and inner temporaries of each op. See Note [Profiling]."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from memfit.core.costs import Measured, measured, quicker
+from memfit.core.graph import Residents
+from memfit.core.timeline import run as simulate_run
+from memfit.runtime.batch import rows_of
+from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
+from memfit.runtime.probe import probe_for
+from memfit.runtime.record import Recording
+
+_log = logging.getLogger("memfit")
+
+_FEW_ROWS = 4
+_QUICK_S = 0.6
+_REPEATS = 3
+
+
+def measurable_rows(
+    recordings: list[Recording], residents: Residents, rows: int, limit_bytes: int | None
+) -> int:
+    """The most rows of which a plain step can be measured in the memory there is; at least 1."""
+    if limit_bytes is None:
+        return min(_FEW_ROWS, rows)
+    smallest = min(recordings, key=lambda r: r.graph.rows).graph
+    largest = max(recordings, key=lambda r: r.graph.rows).graph
+    low_bytes, high_bytes = (simulate_run(g).peak.total_bytes for g in (smallest, largest))
+    per_row = (high_bytes - low_bytes) / max(1, largest.rows - smallest.rows)
+    free_bytes = limit_bytes - residents.total_bytes - low_bytes
+    fitting = smallest.rows + int(max(0.0, free_bytes) / per_row) if per_row > 0 else rows
+    return max(1, min(rows, fitting))
+
+
+def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Measured] | None:
+    """Real steps at two numbers of rows, as large as is quick; None where they cannot be run."""
+    size = min(_FEW_ROWS, most_rows)
+    large = _measured_at(job, place, size)
+    while large is not None and sum(large.seconds.values()) < _QUICK_S and 2 * size <= most_rows:
+        size = min(4 * size, most_rows)
+        large = _measured_at(job, place, size) or large
+    small = _measured_at(job, place, max(1, size // 2))
+    if large is None or small is None:
+        return (small or large, small or large) if small or large else None  # type: ignore[return-value]
+    return small, large
+
+
+def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:
+    """The quickest of some real steps, op by op; the first step pays for what is built once."""
+    part = first_rows(job.batch, rows_of(job.batch), few)
+    small = job._replace(batch=part)
+    best: Measured | None = None
+    try:
+        for repeat in range(1 + _REPEATS):
+            prepare_gradients(job.model, resident=False)
+            probe = probe_for(place)()
+            run = record_part(small, part, few, 1, probe, resident=False, hold_saved=True)
+            if repeat:
+                point = measured(run.graph, run.signatures, run.peaks)
+                best = point if best is None else quicker(best, point)
+                if sum(point.seconds.values()) > _QUICK_S:
+                    break
+    except (RuntimeError, ValueError) as error:
+        _log.info("no measurement at %d rows: %s", few, error)
+    prepare_gradients(job.model, resident=False)
+    return best

@@ -1,0 +1,219 @@
+"""Records a step at every micro-batch size: on fake tensors, or really at few rows. See Note [Profiling]."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memfit.core.batching import balanced_parts
+from memfit.core.costs import Measured, forward_bytes, scaled
+from memfit.core.graph import Residents
+from memfit.core.timeline import run as simulate_run
+from memfit.errors import UnsupportedModel
+from memfit.runtime.batch import tensors_of
+from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for
+from memfit.runtime.job import Job, first_rows, optimizer_state, prepare_gradients, record_part
+from memfit.runtime.meter import resident_bytes
+from memfit.runtime.preserve import contents_of
+from memfit.runtime.probe import Roofline, RooflineProbe, probe_for
+from memfit.runtime.record import Recording, record_update
+
+_log = logging.getLogger("memfit")
+
+_FEW_ROWS = 4
+_USERS_FAULTS = (TypeError, ValueError)
+
+
+class Update(NamedTuple):
+    """What ``optimizer.step()`` takes: bytes above its start, bytes that stay, seconds."""
+
+    peak_bytes: int = 0
+    net_bytes: int = 0
+    seconds: float = 0.0
+
+
+def record_sizes(
+    job: Job, rows: int, counts: tuple[int, ...], device: Roofline | None
+) -> tuple[list[Recording], Residents, Update, bool]:
+    """Every size on fake tensors (then the last is true), or really at few rows where fakes do not do."""
+    try:
+        with _quiet_fakes():
+            return *_record_fakes(job, rows, counts, device or Roofline()), True
+    except _USERS_FAULTS:
+        raise
+    except Exception as error:
+        if any(is_fake(p) for p in job.model.parameters()):
+            raise UnsupportedModel(
+                f"the model cannot be planned without its data ({type(error).__name__}: {error}); build it "
+                "for real and profile that",
+                owner=type(job.model).__name__,
+            ) from error
+        _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
+        with contents_of(job.model):
+            return *_record_really(job, rows, counts), False
+
+
+def _record_fakes(
+    job: Job, rows: int, counts: tuple[int, ...], device: Roofline
+) -> tuple[list[Recording], Residents, Update]:
+    """Records every size at once, without memory."""
+    faker = Faker(mode_for(job.model))
+    # Under a fake mode of the caller everything is fake already.
+    with faked(job.model, faker), _entered(faker):
+        batch = faker.batch(job.batch)
+        recordings = _record_counts(job, batch, rows, counts, device)
+        prepare_gradients(job.model, resident=True)
+        update = Update()
+        if job.optimizer is not None:
+            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, device))
+        residents = _residents(job, batch, update)
+    return recordings, residents, update
+
+
+def _record_counts(
+    job: Job, batch: Any, rows: int, counts: tuple[int, ...], device: Roofline
+) -> list[Recording]:
+    """Records three sizes; the others lie on the line through two of them, if those did the same."""
+
+    def recorded(count: int) -> Recording:
+        prepare_gradients(job.model, resident=count > 1)
+        return record_part(job, batch, rows, count, RooflineProbe(device), resident=count > 1)
+
+    found = {count: recorded(count) for count in counts if count == 1}
+    if found and found[1].graph.coupled:
+        return [found[1]]  # a layer that mixes rows must see them all, so no other size is worth a look
+    several = sorted(
+        (count for count in counts if count > 1), key=lambda count: -balanced_parts(rows, count)[0]
+    )
+    ends: list[Recording] = []
+    for count in several:
+        size = balanced_parts(rows, count)[0]
+        # One row is a size of its own: what is expanded or contiguous differs there.
+        if len(ends) == 2 and size > 1 and ends[1].graph.log == ends[0].graph.log:
+            large, small = ends
+            found[count] = large._replace(graph=scaled(small.graph, large.graph, size))
+            continue
+        try:
+            found[count] = recorded(count)
+            ends = [*ends, found[count]][:2]
+        except ValueError as error:
+            if not found:
+                raise
+            _log.info("no micro-batch of %d rows: %s", size, error)
+    return [found[count] for count in counts if count in found]
+
+
+def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> tuple[list[Recording], Residents, Update]:
+    """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
+    recordings = record_scaled(job, rows, counts)
+    faker = Faker(mode_for(job.model))
+    with faked(job.model, faker), _entered(faker):
+        prepare_gradients(job.model, resident=True)
+        update = Update()
+        if job.optimizer is not None:
+            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
+        residents = _residents(job, faker.batch(job.batch), update)
+    return recordings, residents, update
+
+
+def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
+    """Records really at two numbers of rows and carries the bytes over to every size."""
+    place = next(job.model.parameters()).device
+    few = min(_FEW_ROWS, rows)
+    recorded: dict[tuple[int, bool], Recording] = {}
+    for size in {max(1, few // 2), few}:
+        part = first_rows(job.batch, rows, size)
+        for resident in {count > 1 for count in counts}:
+            prepare_gradients(job.model, resident=resident)
+            probe = probe_for(place)()
+            recorded[size, resident] = record_part(job, part, size, 1, probe, resident=resident)
+    prepare_gradients(job.model, resident=False)
+    found = []
+    for count in counts:
+        small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
+        graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
+        found.append(large._replace(graph=graph))
+        if graph.coupled and count == 1:
+            break
+    return found
+
+
+def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
+    """Whether fakes do what a measured run really did: the same ops, making as many bytes.
+
+    They do not where a model reads its data, or where an op's fake has no workspace (MKL-DNN's LSTM).
+    """
+    part = first_rows(job.batch, rows, point.rows)
+    faker = Faker(mode_for(job.model))
+    with faked(job.model, faker), _entered(faker):
+        prepare_gradients(job.model, resident=False)
+        batch = faker.batch(part)
+        small = job._replace(batch=batch)
+        graph = record_part(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+    return forward_bytes(graph) == point.made_bytes
+
+
+def _record_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, device: Roofline
+) -> tuple[int, int, float]:
+    """Peak, net bytes and seconds of a first ``optimizer.step()`` on fakes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    try:
+        graph = record_update(
+            model,
+            lambda: optimizer.step(),
+            [*parameters, *(p.grad for p in parameters if p.grad is not None)],
+            RooflineProbe(device),
+        )
+    except Exception as error:  # an optimizer of the user's own may do what fakes cannot
+        _log.info("the optimizer cannot be recorded (%s); assuming two states and a copy", error)
+        size_bytes = resident_bytes(parameters)
+        return 3 * size_bytes, 2 * size_bytes, 0.0
+    peak_bytes = max((m.total_bytes for m in simulate_run(graph).moments), default=0)
+    # Counters made from Python numbers are no op's output, so the state itself is counted.
+    net_bytes = resident_bytes(optimizer_state(optimizer))
+    made_bytes = sum(s.size_bytes for s in graph.storages if s.persists)
+    return max(peak_bytes - made_bytes, 0) + net_bytes, net_bytes, graph.seconds
+
+
+def _residents(job: Job, batch: Any, update: Update) -> Residents:
+    """What is alive throughout; gradients as they are now."""
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    place = next(job.model.parameters()).device
+    return Residents(
+        parameters_bytes=resident_bytes([*job.model.parameters(), *job.model.buffers()]),
+        gradients_bytes=resident_bytes(gradients),
+        optimizer_bytes=update.net_bytes,
+        batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
+    )
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """What fakes cannot do is an answer here, not an error to log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _entered(faker: Faker) -> Iterator[None]:
+    """The fake mode, unless the caller is in it."""
+    active = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if active is faker.mode:
+        yield
+    else:
+        with faker.mode:
+            yield
