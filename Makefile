@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.memfit-stamp
+TODAY := $(shell date +%F)
 
 # Log levels only: torch's profiler and allocator write notices to stderr that say nothing to a user of memfit.
 # Threads that wait do not spin, else a busy machine slows to a crawl.
@@ -38,13 +39,14 @@ test: check  ## The checks, then every test that needs no GPU
 
 check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promised against measured memory
 	$(PY) -m pytest -m cuda
-	$(PY) benchmarks/check_cuda.py --out benchmarks/results/cuda.json
+	$(PY) benchmarks/check_cuda.py --out benchmarks/results/$(TODAY)_cuda_gpt2_medium.json
 
 bench: $(STAMP)  ## Measure what the README reports
-	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/recompute.json
-	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/overhead.json
-	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/large.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py
+	$(PY) benchmarks/render.py
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
