@@ -5,14 +5,12 @@ OMP_NUM_THREADS=1 python benchmarks/large.py [--out FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import time
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memfit
@@ -63,17 +61,5 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints the figures; writes them with their provenance if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    found = measure()
-    print(json.dumps(found, indent=1))
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump({"provenance": provenance(), "rows": found}, file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    publish(__doc__, measure)

@@ -8,15 +8,13 @@ process, and the median of the differences counts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import publish
 from torch import Tensor, nn
 
 from memfit.core.graph import ValueKey
@@ -71,17 +69,5 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints the figures; writes them with their provenance if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    found = measure()
-    print(json.dumps(found, indent=1))
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump({"provenance": provenance(), "rows": found}, file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    publish(__doc__, measure)

@@ -1,18 +1,32 @@
-"""Where a result came from, collected by machine."""
+"""Where a result came from, collected by machine; and the one way results are printed and written."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import memfit
+
+
+def publish(doc: str | None, measure: Callable[[], Any]) -> None:
+    """The command line of a benchmark: measures, prints, and writes with ``--out FILE``."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = measure()
+    print(json.dumps(rows, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
 
 
 def provenance() -> dict[str, Any]:

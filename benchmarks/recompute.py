@@ -1,6 +1,6 @@
 """Recompute seconds against torch.utils.checkpoint around every block, at its own measured peak and above.
 
-    OMP_NUM_THREADS=1 python benchmarks/recompute.py [--layers 12] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/recompute.py [--out FILE]
 
 For each model: the plain step, every block under torch.utils.checkpoint (non-reentrant), and memfit plans
 at the checkpointed step's measured peak and at 1.5, 2 and 3 times its activation bytes. Seconds of
@@ -11,14 +11,12 @@ allocator's own.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import publish
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +29,7 @@ from memfit.runtime.count import shifted_labels
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.opinfo import op_info, tensors_in
 
-ROWS, TOKENS, WIDTH, VOCABULARY = 8, 128, 256, 512
+LAYERS, ROWS, TOKENS, WIDTH, VOCABULARY = 12, 8, 128, 256, 512
 Signature = tuple[Any, ...]
 
 
@@ -201,19 +199,5 @@ def plan_row(model: nn.Module, batch: Any, profile: Profile, activation_bytes: i
     }
 
 
-def main() -> None:
-    """Prints the table; writes it with its provenance if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    rows = [row for make in (gpt2, llama) for row in compare(make, options.layers)]
-    for row in rows:
-        print(json.dumps(row))
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump({"provenance": provenance(), "rows": rows}, file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    publish(__doc__, lambda: [row for make in (gpt2, llama) for row in compare(make, LAYERS)])

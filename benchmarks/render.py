@@ -1,6 +1,6 @@
 """Writes the table of results into README.md from the newest result files; no figure is typed.
 
-    python benchmarks/render.py [--check]
+python benchmarks/render.py [--check]
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def strip(profile: memfit.Profile, plan: memfit.Plan, top_bytes: int) -> str:
     """The highest live bytes of each stretch of the step, drawn against ``top_bytes``."""
     totals = [event.total_bytes for event in memfit.simulate(profile, plan).events]
     edges = [i * len(totals) // WIDTH for i in range(WIDTH + 1)]
-    highest = [max(totals[a : max(b, a + 1)]) for a, b in zip(edges, edges[1:], strict=False)]
+    highest = [max(totals[a : max(b, a + 1)]) for a, b in itertools.pairwise(edges)]
     return sparkline([0.0, float(top_bytes), *highest])[2:]
 
 

@@ -24,7 +24,9 @@ def test_the_picture_of_the_readme_can_be_drawn_and_the_example_holds_its_budget
         [sys.executable, str(ROOT / "examples" / "timeline.py")], capture_output=True, text=True, check=True
     )
     assert "budget 128.0 MiB held" in done.stdout
-    assert re.search(r"^plain +\d+\.\d MiB\n[▁-█]{96}\nmemfit +\d+\.\d MiB\n[▁-█]{96}$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^plain +\d+\.\d MiB\n[▁-█]{96}\nmemfit +\d+\.\d MiB\n[▁-█]{96}$", done.stdout, re.MULTILINE
+    )
 
 
 def test_the_table_of_the_readme_is_made_from_the_newest_results() -> None:
