@@ -233,17 +233,37 @@ def test_parameters_on_several_devices_are_named() -> None:
     assert caught.value.owner.startswith("1.")
 
 
-@pytest.mark.parametrize("where", ["whole", "part", "in place"])
-def test_a_compiled_model_is_refused_with_the_cure(where: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+def compiled_model(where: str) -> tuple[nn.Module, nn.Module]:
+    """A model of which a part is compiled, and the module whose parameters are trained."""
+    net = model()
     if where == "part":
-        model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+        net[0] = torch.compile(net[0], backend="eager")  # type: ignore
     if where == "in place":
-        model[0].compile(backend="eager")
-    compiled = torch.compile(model, backend="eager") if where == "whole" else model
-    with pytest.raises(UnsupportedModel, match=r"is compiled by torch.compile.*_orig_mod") as caught:
-        fit(model=compiled)
-    assert caught.value.owner == ("OptimizedModule" if where == "whole" else "0")
+        net[0].compile(backend="eager")  # type: ignore
+    return (torch.compile(net, backend="eager") if where == "whole" else net), net  # type: ignore
+
+
+@pytest.mark.parametrize("where", ["whole", "part", "in place"])
+def test_a_compiled_model_is_planned_as_opaque_and_says_so(where: str) -> None:
+    (net, trained), data = compiled_model(where), batch()
+    loss(net, data).backward()
+    expected = [p.grad.clone() for p in trained.parameters() if p.grad is not None]
+    trained.zero_grad()
+    with pytest.warns(UserWarning, match=r"compiled by torch.compile.*_orig_mod"):
+        step = fit(model=net, batch=data, micro_batch_size=ROWS)
+    step(data)
+    assert (step.plan.recomputes, "opaque" in step.profile.source) == (0, True)
+    found = [p.grad for p in trained.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert step.verdict is not None
+    assert step.verdict.held
+
+
+def test_a_compiled_model_that_does_not_fit_is_refused() -> None:
+    net, _ = compiled_model("whole")
+    with pytest.warns(UserWarning, match="compiled"), pytest.raises(InfeasibleBudget) as refused:
+        fit(model=net, memory=1000)
+    assert refused.value.needed_bytes > 1000
 
 
 def test_a_frozen_part_is_no_error() -> None:

@@ -29,21 +29,13 @@ def check_model(model: nn.Module) -> torch.device:
 
     Raises:
         ValueError: Nothing is trainable.
-        UnsupportedModel: Its parameters are on several devices, or a part of it is compiled.
+        UnsupportedModel: Its parameters are on several devices.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
             "train: call requires_grad_() on what is to be trained"
-        )
-    compiled = next((name for name, m in model.named_modules() if _is_compiled(m)), None)
-    if compiled is not None:
-        raise UnsupportedModel(
-            f"{compiled or 'the model'} is compiled by torch.compile, which hides its ops and runs eagerly "
-            "while memfit looks. Give memfit the module you gave to torch.compile (its ._orig_mod); compiled "
-            "regions cannot be planned yet",
-            owner=compiled or type(model).__name__,
         )
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
@@ -54,11 +46,6 @@ def check_model(model: nn.Module) -> torch.device:
             owner=second,
         )
     return next(iter(places))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` wraps a module, or ``module.compile()`` replaced its call."""
-    return hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def record_part(

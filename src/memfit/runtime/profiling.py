@@ -13,6 +13,7 @@ Note [Profiling]
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ from torch import nn
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs
 from memfit.core.graph import Profile, StepGraph
+from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, check_model, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import LossFn
+from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.probe import Roofline
-from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes
+from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
 
 _log = logging.getLogger("memfit")
 
@@ -69,6 +72,9 @@ def profile(
     job = Job(model, loss_fn, batch, optimizer)
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in model.parameters())
+    compiled = compiled_part(model)
+    if compiled is not None:
+        return _opaque(job, place, counts, compiled, limit_bytes)
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
         recordings, residents, update, by_fakes = record_sizes(job, rows, counts, device)
         points = None
@@ -91,6 +97,38 @@ def profile(
         replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
         source="roofline" if points is None else f"measured at {points[0].rows} and {points[1].rows} rows",
+    )
+
+
+def _opaque(
+    job: Job, place: torch.device, counts: tuple[int, ...], part: str, limit_bytes: int | None
+) -> Profile:
+    """The profile of a model that hides its ops; says so."""
+    if any(is_fake(p) for p in job.model.parameters()):
+        raise UnsupportedModel(
+            f"{part} is compiled by torch.compile, which hides its ops, and the model has no data to run: "
+            "plan the module you gave to torch.compile (its ._orig_mod)",
+            owner=part,
+        )
+    warnings.warn(
+        f"{part} is compiled by torch.compile, which hides its ops: memfit chooses the micro-batch and "
+        "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor",
+        stacklevel=4,
+    )
+    with same_random_streams(), untouched(job.model), no_gradients(job.model), torch.enable_grad():
+        residents, update = residents_of(job)
+        free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
+        with contents_of(job.model):
+            graphs = record_opaque(job, place, counts, free_bytes=free_bytes)
+    return Profile(
+        rows=rows_of(job.batch),
+        graphs=tuple(graphs),
+        residents=residents,
+        update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
+        update_s=update.seconds,
+        alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
+        unexplained_bytes=_unexplained_bytes(job, place),
+        source=f"{part} is compiled and opaque; measured at few rows",
     )
 
 

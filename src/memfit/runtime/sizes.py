@@ -111,6 +111,12 @@ def _record_counts(
 def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> tuple[list[Recording], Residents, Update]:
     """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
     recordings = record_scaled(job, rows, counts)
+    residents, update = residents_of(job)
+    return recordings, residents, update
+
+
+def residents_of(job: Job) -> tuple[Residents, Update]:
+    """What is alive throughout, and what the optimizer takes, on fakes and without running the model."""
     faker = Faker(mode_for(job.model))
     with faked(job.model, faker), _entered(faker):
         prepare_gradients(job.model, resident=True)
@@ -118,7 +124,7 @@ def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> tuple[list[R
         if job.optimizer is not None:
             update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
         residents = _residents(job, faker.batch(job.batch), update)
-    return recordings, residents, update
+    return residents, update
 
 
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
