@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.core.costs import Measured, fixed_share, measured, quicker, scaled, with_costs
+from memfit.core.costs import Measured, fixed_share, measured, quicker, scaled, with_costs, with_made_bytes
 from memfit.core.graph import Op, OpKey, StepGraph
 from strategies import Piece, build
 
@@ -132,3 +132,13 @@ def test_a_sum_that_autograd_does_in_place_has_no_temporaries() -> None:
 def test_a_signature_for_each_op_is_demanded() -> None:
     with pytest.raises(ValueError, match="zip"):
         measured(ONE, ["add"], [None] * 3)
+
+
+def test_what_an_op_makes_is_corrected_by_runs_of_more_rows() -> None:
+    """Recorded 10 B at 8 rows, but 30 and 50 B were made at 4 and 8 rows: at 16 rows it makes 90 B."""
+    graph = replace(ONE, rows=16)
+    small, large = (Measured(rows, {}, {}, {KEY: size}) for rows, size in ((4, 30), (8, 50)))
+    found = with_made_bytes(graph, small, large)
+    assert [found.storages[s].size_bytes for s in graph.ops[0].allocates] == [90]
+    unseen = Measured(4, {}, {}, {})
+    assert with_made_bytes(graph, unseen, large) == graph

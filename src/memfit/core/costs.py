@@ -111,6 +111,24 @@ def scaled(small: StepGraph, large: StepGraph, rows: int) -> StepGraph:
     return replace(large, rows=rows, storages=tuple(storages), ops=ops)
 
 
+def with_made_bytes(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
+    """A scaled graph corrected by runs of more rows: what an op makes lies on the line through those.
+
+    Workspaces do not grow in proportion (MKL-DNN's LSTM), so the nearer the measured sizes, the better.
+    """
+    storages = list(graph.storages)
+    expected = large.made_bytes.keys() & small.made_bytes.keys()
+    for op in graph.ops[: graph.forward_ops]:
+        if op.key in expected and op.allocates:
+            one, two = small.made_bytes[op.key], large.made_bytes[op.key]
+            made_bytes = sum(storages[s].size_bytes for s in op.allocates)
+            missing = round(_line(small.rows, one, large.rows, two, graph.rows)) - made_bytes
+            biggest = max(op.allocates, key=lambda s: storages[s].size_bytes)
+            size_bytes = max(0, storages[biggest].size_bytes + missing)
+            storages[biggest] = replace(storages[biggest], size_bytes=size_bytes)
+    return replace(graph, storages=tuple(storages))
+
+
 def _line(rows_a: int, a: float, rows_b: int, b: float, rows: int) -> float:
     """The line through two points, never falling and never below nothing."""
     if rows_a == rows_b:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from memfit.core.batching import candidate_part_counts, parts_for
-from memfit.core.costs import Measured, fixed_share, with_costs
+from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
 from memfit.core.graph import Profile, StepGraph
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import rows_of, tensors_of
@@ -38,6 +38,7 @@ _log = logging.getLogger("memfit")
 
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _CUDA_BLOCK_BYTES = 512
+_RUNNING_LOSS_BYTES = 8  # the sum of the losses so far, alive while the next micro-batch runs
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
 
@@ -84,8 +85,11 @@ def profile(
                 points = measure(job, place, most_rows)
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
-                    recordings = record_scaled(job, rows, counts)
-    graphs = [r.graph if points is None else with_costs(r.graph, *points) for r in recordings]
+                    recordings, by_fakes = record_scaled(job, rows, counts), False
+    graphs = [recording.graph for recording in recordings]
+    if points is not None:
+        graphs = [with_costs(graph, *points) for graph in graphs]
+        graphs = graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
     return Profile(
         rows=rows,
         graphs=tuple(graphs),
@@ -150,11 +154,11 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
-    """What else is allocated on a CUDA device: workspaces of cuBLAS, tensors that are not of this step."""
+    """What no recording shows: the running loss; on CUDA cuBLAS's workspaces and others' tensors."""
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return 0
+        return _RUNNING_LOSS_BYTES
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = resident_bytes(t for t in known if t.device == place)
-    return max(0, torch.cuda.memory_allocated(place) - on_device)
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + _RUNNING_LOSS_BYTES

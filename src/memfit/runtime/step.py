@@ -125,8 +125,7 @@ class Step:
         for part, weight in zip(parts, weights(self._counter, parts), strict=True):
             if weight == 0:  # no valid label: its mean is not a number, its share is nothing
                 continue
-            loss = self._run_part(part, weight)
-            total = loss if total is None else total + loss
+            total = self._run_part(part, weight) if total is None else total + self._run_part(part, weight)
         assert total is not None
         return total
 
