@@ -205,11 +205,76 @@ def test_a_coupled_loss_is_refused_when_it_would_have_to_be_split() -> None:
         out: Tensor = m(b["x"])
         return (out @ out.T).logsumexp(1).mean()
 
-    step = fit(loss_fn=coupled, micro_batch_size=2)
-    with pytest.raises(
-        InexactAccumulation, match=r"no known weights.*micro_batch_size=8 to keep the batch whole"
-    ):
-        step(batch())
+    with pytest.raises(InexactAccumulation, match=r"no known weights.*leave micro_batch_size out.*count="):
+        fit(loss_fn=coupled, micro_batch_size=2)
+    assert fit(loss_fn=coupled).plan.gradient_accumulation_steps == 1
+
+
+def test_a_hook_that_would_see_every_micro_batch_is_refused_or_keeps_the_batch_whole() -> None:
+    net = model()
+    handle = net[0].weight.register_post_accumulate_grad_hook(lambda p: None)  # type: ignore
+    with pytest.raises(UnsupportedModel, match=r"'0.weight' has a hook.*step the optimizer after step"):
+        fit(model=net)
+    handle.remove()
+    net[0].weight.register_hook(lambda g: g.clamp(-1, 1))  # type: ignore
+    assert fit(model=net).plan.gradient_accumulation_steps == 1
+    with pytest.raises(InexactAccumulation, match=r"'0.weight' has a gradient hook"):
+        fit(model=net, micro_batch_size=2)
+
+
+def test_a_forward_that_writes_to_a_parameter_is_refused_and_leaves_it_alone() -> None:
+    class Decaying(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.mul_(0.9)
+            out: Tensor = super().forward(x)
+            return out
+
+    layer = Decaying(WIDTH, 1)
+    net, before = nn.Sequential(layer), layer.weight.detach().clone()
+    with pytest.raises(UnsupportedModel, match=r"writes to the parameter '0.weight'"):
+        fit(model=net, count="rows")
+    assert torch.equal(before, layer.weight)
+
+
+def test_torch_func_in_the_loss_is_refused_with_the_cure() -> None:
+    def penalised(m: Any, b: Any) -> Tensor:
+        slope = torch.func.grad(lambda x: m(x).sum())(b["x"])
+        penalty: Tensor = loss(m, b) + slope.square().mean()
+        return penalty
+
+    with pytest.raises(UnsupportedModel, match=r"torch.func.*torch.autograd.grad"):
+        fit(loss_fn=penalised, count="rows")
+
+
+def weighted(m: Any, b: Any) -> Tensor:
+    """A mean over the weights of classes, which no counter knows."""
+    return F.cross_entropy(m(b["x"]), b["labels"], weight=torch.tensor([1.0, 5.0]))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "zero_head"),
+    [(weighted, False), (weighted, True), (lambda m, b: F.cross_entropy(m(b["x"]), b["labels"]), True)],
+    ids=["class weights", "class weights, all losses equal", "all losses equal"],
+)
+def test_a_loss_whose_weights_are_not_certain_is_not_split(loss_fn: Any, zero_head: bool) -> None:
+    net = nn.Linear(WIDTH, 2)
+    if zero_head:
+        nn.init.zeros_(net.weight)
+        nn.init.zeros_(net.bias)
+    data = {"x": torch.randn(ROWS, WIDTH), "labels": torch.arange(ROWS) % 2}
+    with pytest.raises(InexactAccumulation, match="no known weights"):
+        fit(model=net, loss_fn=loss_fn, batch=data, micro_batch_size=2)
+
+
+def test_labels_ignored_later_are_refused_where_the_example_had_none() -> None:
+    def flat(m: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1])
+
+    net, x = nn.Linear(WIDTH, 3), torch.randn(ROWS, WIDTH)
+    step = fit(model=net, loss_fn=flat, batch=(x, torch.arange(ROWS) % 3), micro_batch_size=2)
+    with pytest.raises(InexactAccumulation, match=r"a batch holds -100.*count='rows', 'labels'"):
+        step((x, torch.full((ROWS,), -100)))
 
 
 # ---- the model -------------------------------------------------------------------------------------------

@@ -275,6 +275,23 @@ def test_a_coupled_batch_is_not_split_when_pinned() -> None:
     assert "batch_norm" in caught.value.owner
 
 
+def test_a_coupled_model_does_not_split_a_larger_batch_either() -> None:
+    step = memfit.fit(normed(), mean_over_rows, batch_of(32), memory="1GiB", count="rows")
+    with pytest.raises(InexactAccumulation, match=r"64 rows and the plan keeps 32 whole"):
+        step(batch_of(64))
+
+
+def test_a_batch_larger_than_any_before_is_measured_again() -> None:
+    step = memfit.fit(mlp(), mean_over_rows, batch_of(), memory="1GiB", count="rows")
+    for _ in range(3):
+        step(batch_of())
+    step.verdict = None
+    step(batch_of())
+    assert step.verdict is None
+    step(batch_of(3 * ROWS))
+    assert step.verdict is not None
+
+
 def test_a_frozen_batch_norm_may_be_split() -> None:
     model = normed().double()
     model.get_submodule("1").eval()

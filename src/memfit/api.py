@@ -69,8 +69,17 @@ def fit(
     place = check_model(model)
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
-    counter = counter_for(count, model, loss_fn, batch)
-    whole_only = counter is None and micro_batch_size is None
+    pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
+    counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
+    owner = _needs_whole(model, counter)
+    if owner is not None and micro_batch_size is not None and micro_batch_size < rows:
+        raise InexactAccumulation(
+            f"{owner}, so micro-batches of {micro_batch_size} of {rows} rows cannot be added up exactly: "
+            "leave micro_batch_size out to keep the batch whole, or say with count= what the loss is a mean "
+            "over",
+            owner=owner,
+        )
+    whole_only = owner is not None and micro_batch_size is None
     profiled = profile(
         model,
         loss_fn,
@@ -80,11 +89,21 @@ def fit(
         limit_bytes=budget_bytes,
     )
     profiled = _uncoupled(profiled, pinned=micro_batch_size is not None)
+    if owner is not None or any(graph.coupled for graph in profiled.graphs):
+        counter = None  # a later, larger batch must not be split either
 
     def find(current: Profile) -> Plan:
         return find_plan(current, memory=budget_bytes)
 
     return Step(model, loss_fn, find(profiled), profiled, counter=counter, optimizer=optimizer, find=find)
+
+
+def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:
+    """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
+    if counter is None:
+        return "no known weights make the losses of parts add up to the loss of the batch"
+    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    return None if hooked is None else f"'{hooked}' has a gradient hook, which must see the final gradient"
 
 
 def _budget_bytes(memory: str | int | None, place: torch.device) -> int:

@@ -54,10 +54,6 @@ class Moments:
     late: dict[int, int] = field(default_factory=dict)
     peaks: list[Moment] = field(default_factory=list)
 
-    def slot_of(self, position: int) -> int:
-        """The slot a log position lies in; -1 in the forward."""
-        return bisect.bisect_right(self.slots, position) - 1
-
     def ending(self, value: int, *, certain: bool) -> int:
         """The last log position at which a kept value is wanted: at least (certain), or at most.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import map_tensors, rows_of, split, tensors_of
-from memfit.runtime.micro import LossFn, one_number
+from memfit.runtime.fake import untouched
+from memfit.runtime.micro import LossFn
 from memfit.runtime.preserve import Snapshot
 
 Counter = Callable[[Any], float]
 
+_log = logging.getLogger("memfit")
+
 IGNORED = -100  # torch.nn.CrossEntropyLoss(ignore_index=...)
-_PROBE_ROWS = 3
+_PROBE_ROWS = 6
+_TOLERANCE = 1e-5  # of the loss, in single precision
 
 
 def rows(part: Any) -> float:
@@ -32,7 +37,10 @@ def labels(part: Any) -> float:
 
 def shifted_labels(part: Any) -> float:
     """The same without the first of each row, which a causal language model has nothing to predict from."""
-    return float((_labels_of(part)[..., 1:] != IGNORED).sum())
+    found = _labels_of(part)
+    if found.dim() < 2:
+        raise InexactAccumulation("labels without a sequence cannot be shifted", owner="batch")
+    return float((found[..., 1:] != IGNORED).sum())
 
 
 def one(part: Any) -> float:
@@ -78,33 +86,86 @@ def counter_for(count: str | Counter, model: nn.Module, loss_fn: LossFn, batch: 
     return _probed(model, loss_fn, batch)
 
 
-def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
-    """Compares the loss of a few rows with that of their unequal parts, dropout off, without a graph.
+def guarded_rows(part: Any) -> float:
+    """The rows, where no label was ever ignored: then rows and labels are the same, and else not."""
+    if any((t == IGNORED).any() for _, t in tensors_of(part) if not t.is_floating_point()):
+        raise InexactAccumulation(
+            f"a batch holds {IGNORED}, which the example batch did not, so it is not known whether the loss "
+            "is a mean over rows or over labels: give count='rows', 'labels' or 'shifted_labels'",
+            owner="batch",
+        )
+    return rows(part)
 
-    Labels are thinned out unequally, so that a mean over labels and one over rows differ.
+
+def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
+    """The one counter under which the losses of unequal parts add up; None if that is not certain.
+
+    Note [Probe] 1. Rows from all over the batch, dropout off, no graph; labels thinned out unequally, so that
+    means over labels and over rows differ. 2. Two different splits must agree, and the parts' losses differ:
+    equal losses fit any weights. 3. Reduced precision cannot tell the counters apart. 4. A loss that fails
+    on parts, or only without a graph, is not split.
     """
     total_rows = rows_of(batch)
-    if total_rows < 2:
-        return rows
-    few = min(_PROBE_ROWS, total_rows)
+    if total_rows < 3 or _precision(model) < 23:
+        return None
     try:
-        probe = split(batch, (few, total_rows - few))[0] if few < total_rows else batch
-        probe = _thinned(probe)
-        parts = split(probe, (1, few - 1))
+        plain = _some_rows(batch, total_rows)
+        thinned = _thinned(plain)
+        with torch.no_grad(), _evaluating(model), untouched(model):
+            if thinned is not None:
+                return _only_match(model, loss_fn, thinned, (shifted_labels, labels, rows, one))
+            return _only_match(model, loss_fn, plain, (guarded_rows, one))
     except InexactAccumulation:
         return None
-    with torch.no_grad(), _evaluating(model):
-        whole, *losses = (float(one_number(loss_fn(model, part))) for part in [probe, *parts])
-    tolerance = 1e-5 if _precision(model) >= 23 else 2e-2
-    for counter in (shifted_labels, labels, rows, one):
-        try:
-            shares = weights(counter, parts)
-        except (ValueError, InexactAccumulation, IndexError):
-            continue
-        summed = sum(share * loss for share, loss in zip(shares, losses, strict=True) if share)
-        if abs(summed - whole) <= tolerance * max(abs(whole), 1e-12):
-            return counter
-    return None
+    except Exception as error:  # the user's own code: a real step will show it, if it is a fault
+        _log.info("the loss cannot be probed (%s: %s); keeping the batch whole", type(error).__name__, error)
+        return None
+
+
+def _only_match(
+    model: nn.Module, loss_fn: LossFn, probe: Any, counters: tuple[Counter, ...]
+) -> Counter | None:
+    """The counter that fits every split of a probe, if exactly one does."""
+    few = rows_of(probe)
+    halves, tail = (few // 2, few - few // 2), (max(1, few - 2), min(2, few - 1))
+    splits = [split(probe, sizes) for sizes in (halves, tail)]
+    whole = float(loss_fn(model, probe).detach())
+    losses = [[float(loss_fn(model, part).detach()) for part in parts] for parts in splits]
+    if any(abs(one - other) <= 100 * _TOLERANCE * abs(whole) for one, other in losses):
+        return None
+    fitting = [
+        counter
+        for counter in counters
+        if all(_adds_up(counter, parts, found, whole) for parts, found in zip(splits, losses, strict=True))
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _adds_up(counter: Counter, parts: list[Any], losses: list[float], whole: float) -> bool:
+    """Whether the weighted losses of the parts give the loss of the whole."""
+    try:
+        shares = weights(counter, parts)
+    except (ValueError, InexactAccumulation, IndexError):
+        return False
+    summed = sum(share * loss for share, loss in zip(shares, losses, strict=True))
+    return 0.0 not in shares and abs(summed - whole) <= _TOLERANCE * abs(whole)
+
+
+def _some_rows(batch: Any, total_rows: int) -> Any:
+    """A few rows from all over a batch; the first ones where it holds lists of an entry a row."""
+    few = min(_PROBE_ROWS, total_rows)
+    if all(t.shape[:1] == (total_rows,) for _, t in tensors_of(batch)) and not _has_lists(batch):
+        chosen = torch.linspace(0, total_rows - 1, few).long()
+        return map_tensors(batch, lambda t: t[chosen.to(t.device)])
+    return split(batch, (few, total_rows - few))[0] if few < total_rows else batch
+
+
+def _has_lists(batch: Any) -> bool:
+    """Whether a batch holds something else than tensors at its top level."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, Tensor):
+        return False
+    return not isinstance(values, (list, tuple)) or not all(isinstance(v, Tensor) for v in values)
 
 
 def _labels_of(part: Any) -> Tensor:
@@ -121,16 +182,31 @@ def _labels_of(part: Any) -> Tensor:
     return found[0]
 
 
-def _thinned(probe: Any) -> Any:
-    """The same rows, half of the labels of the first row ignored."""
+def _thinned(probe: Any) -> Any | None:
+    """The same rows, some labels of the first row ignored; None where no label is known to be ignorable.
+
+    A value of -100 is put in only beside others like it: where the loss does not know it, it is an index out
+    of range, which a CUDA device does not survive.
+    """
+    ignoring = [t for _, t in tensors_of(probe) if not t.is_floating_point() and (t == IGNORED).any()]
     try:
         found = _labels_of(probe)
     except InexactAccumulation:
-        return probe
-    if found.is_floating_point() or found.dim() < 2 or found.shape[1] < 4:
-        return probe
+        if ignoring:
+            raise
+        return None
+    if any(t is not found for t in ignoring):
+        raise InexactAccumulation("-100 stands in a leaf that is not the labels", owner="batch")
+    if found.is_floating_point() or (found.device.type != "cpu" and not ignoring):
+        return None
     thin = found.clone()
-    thin[0, found.shape[1] // 2 :] = IGNORED
+    valid = (thin[0] != IGNORED).nonzero()
+    if found.dim() == 2 and len(valid) >= 4:
+        thin[0, valid[len(valid) // 2 :, 0]] = IGNORED
+    elif found.dim() == 1 and len(thin) >= 4:
+        thin[1] = IGNORED
+    elif not ignoring:
+        return None
     return map_tensors(probe, lambda t: thin if t is found else t)
 
 

@@ -29,7 +29,8 @@ def check_model(model: nn.Module) -> torch.device:
 
     Raises:
         ValueError: Nothing is trainable.
-        UnsupportedModel: Its parameters are on several devices.
+        UnsupportedModel: Its parameters are on several devices, or one has a hook that would step
+            the optimizer inside the backward.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -37,6 +38,14 @@ def check_model(model: nn.Module) -> torch.device:
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
             "train: call requires_grad_() on what is to be trained"
         )
+    for name, parameter in trained:
+        if parameter._post_accumulate_grad_hooks:
+            raise UnsupportedModel(
+                f"'{name}' has a hook that runs whenever its gradient has been accumulated (an optimizer "
+                "fused into the backward?), which would see every micro-batch: remove it, and step the "
+                "optimizer after step(batch)",
+                owner=name,
+            )
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
         (one, first), (other, second), *_ = places.items()

@@ -32,7 +32,7 @@ _STATISTICS: dict[str, tuple[tuple[int, ...], int]] = {
 _ATOMIC_ON_CUDA = frozenset(
     f"aten::{name}"
     for name in (
-        "index_add", "index_put", "_index_put_impl_", "scatter_add", "scatter_reduce", "bincount", "histc",
+        "index_add", "index_put", "_index_put_impl", "scatter_add", "scatter_reduce", "bincount", "histc",
         "cumsum", "kthvalue", "median", "grid_sampler_2d", "index_reduce", "_embedding_bag",
     )
 )  # fmt: skip
@@ -87,7 +87,8 @@ def op_info(func: OpOverload) -> OpInfo:
     written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
     tags = set(func.tags)
     dynamic = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
-    opaque = func.namespace in {"c10d", "_c10d_functional", "inductor", "prim"}
+    # Ops from elsewhere may draw random numbers, keep state or communicate without saying so.
+    opaque = func.namespace not in {"aten", "prims"}
     may_replay = not dynamic and not opaque and schema.name not in _MOVES_STORAGE
     return OpInfo(
         name=schema.name,
@@ -100,7 +101,7 @@ def op_info(func: OpOverload) -> OpInfo:
         makes_blank=schema.name in _BLANK,
         overwrites_all=schema.name in _OVERWRITES_ALL,
         may_replay=may_replay,
-        may_replay_on_cuda=may_replay and schema.name not in _ATOMIC_ON_CUDA,
+        may_replay_on_cuda=may_replay and schema.name.rstrip("_") not in _ATOMIC_ON_CUDA,
     )
 
 
@@ -174,6 +175,8 @@ def mixes_rows(info: OpInfo, args: tuple[Any, ...]) -> bool:
     """Whether this call lets one row of the batch change the result of another (BatchNorm in training)."""
     if info.name not in _STATISTICS:
         return False
+    if args[0].shape[0] == 1 and args[3] is None:
+        return False  # InstanceNorm folds the rows into the channels
     _, training = _STATISTICS[info.name]
     return training < 0 or bool(args[training])
 

@@ -34,6 +34,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
+from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.opinfo import (
     OpInfo,
@@ -97,6 +98,7 @@ class Recorder(TorchDispatchMode):
         self.coupled: list[str] = []
         self.save_frames: list[str] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
+        self.changed: list[nn.Parameter] = []
         self.appeared: dict[int, int] = {}
         self.place = ""
         self.numbers: dict[int, int] = {}
@@ -128,6 +130,8 @@ class Recorder(TorchDispatchMode):
         written = declared_writes(info, args, kwargs)
         if func is _ADD and not args[0]._is_view():
             self.owning_sums.add(len(self.ops))
+        if self.is_forward and written:
+            self.changed.extend(t for t in written if isinstance(t, nn.Parameter))
         out = self._probe.call(func, args, kwargs)
         self._note(func, info, key, inputs, written, out, args, kwargs)
         return out
@@ -353,6 +357,7 @@ def record(
         with probe:
             with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
                 loss = forward()
+            _refuse_writes(model, recorder.changed)
             forward_ops = len(recorder.ops)
             recorder.is_forward = False
             with recorder:
@@ -372,6 +377,17 @@ def record_update(
         with probe, recorder:
             update()
     return _finish(recorder, probe, 1, 0, True).graph
+
+
+def _refuse_writes(model: nn.Module, changed: list[nn.Parameter]) -> None:
+    """Refuses a forward that changes a parameter: it would do so once a micro-batch, and while measuring."""
+    for name, parameter in model.named_parameters():
+        if any(parameter is other for other in changed):
+            raise UnsupportedModel(
+                f"the forward writes to the parameter '{name}', and would do so again for every micro-batch: "
+                "make it a buffer, or write to it after optimizer.step()",
+                owner=name,
+            )
 
 
 def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from memfit.core.batching import balanced_parts
 from memfit.core.costs import Measured, forward_bytes, scaled
 from memfit.core.graph import Residents
 from memfit.core.timeline import run as simulate_run
-from memfit.errors import UnsupportedModel
+from memfit.errors import MemfitError, UnsupportedModel
 from memfit.runtime.batch import tensors_of
 from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, optimizer_state, prepare_gradients, record_part
@@ -26,7 +27,7 @@ from memfit.runtime.record import Recording, record_update
 _log = logging.getLogger("memfit")
 
 _FEW_ROWS = 4
-_USERS_FAULTS = (TypeError, ValueError)
+_USERS_FAULTS = (TypeError, ValueError, MemfitError)
 
 
 class Update(NamedTuple):
@@ -47,6 +48,12 @@ def record_sizes(
     except _USERS_FAULTS:
         raise
     except Exception as error:
+        if "saved tensor hooks" in str(error):
+            raise UnsupportedModel(
+                "the loss uses torch.func (grad, jacrev, ...), which does not allow the saved-tensor hooks "
+                "that memfit works with: use torch.autograd.grad instead",
+                owner="loss_fn",
+            ) from error
         if any(is_fake(p) for p in job.model.parameters()):
             raise UnsupportedModel(
                 f"the model cannot be planned without its data ({type(error).__name__}: {error}); build it "
@@ -180,7 +187,11 @@ def _record_optimizer(
             RooflineProbe(device),
         )
     except Exception as error:  # an optimizer of the user's own may do what fakes cannot
-        _log.info("the optimizer cannot be recorded (%s); assuming two states and a copy", error)
+        warnings.warn(
+            f"{type(optimizer).__name__} cannot be recorded ({error}): memfit assumes two states and a copy "
+            "of the parameters for its step, and does not measure it",
+            stacklevel=2,
+        )
         size_bytes = resident_bytes(parameters)
         return 3 * size_bytes, 2 * size_bytes, 0.0
     peak_bytes = max((m.total_bytes for m in simulate_run(graph).moments), default=0)

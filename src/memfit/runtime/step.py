@@ -44,6 +44,7 @@ class Verdict:
     """What the allocator said of a step, beside what the plan had promised.
 
     Attributes:
+        measured_peak_bytes: Of forward and backward; ``optimizer.step()`` is predicted, not measured.
         attempts: How often the batch was run; above 1 a broken promise was mended by planning again.
     """
 
@@ -96,6 +97,7 @@ class Step:
         self._find = find
         self._decisions = decisions_of(plan.recompute)
         self._unverified = _VERIFIED_STEPS
+        self._most_items = 0
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
@@ -105,6 +107,9 @@ class Step:
             ValueError: The batch is empty, or the loss is no scalar.
             VerificationFailed: The peak broke the budget, and planning again could not mend it.
         """
+        items = sum(tensor.numel() for _, tensor in tensors_of(batch))
+        if items > self._most_items:  # longer than any so far: what held for those may not hold for it
+            self._most_items, self._unverified = items, max(1, self._unverified)
         if self._unverified and not torch._C._autograd._profiler_enabled():
             self._unverified -= 1
             return self._run_verified(batch)
@@ -117,8 +122,8 @@ class Step:
             return self._run_part(parts[0], None)
         if self._counter is None:
             raise InexactAccumulation(
-                "no known weights make the losses of the micro-batches add up to the loss of the batch: give "
-                f"count= a function, or micro_batch_size={rows_of(batch)} to keep the batch whole",
+                f"the batch has {rows_of(batch)} rows and the plan keeps {self.plan.micro_batch_size} whole, "
+                "because no exact way to split it is known: fit again with a batch as large, or give count=",
                 owner="loss_fn",
             )
         total: Tensor | None = None
@@ -131,7 +136,7 @@ class Step:
 
     def _parts(self, batch: Any) -> list[Any]:
         """The micro-batches of any batch, a short last one too."""
-        if self.plan.gradient_accumulation_steps == 1 and self._counter is None:
+        if self._counter is None and rows_of(batch) <= self.plan.micro_batch_size:
             return [batch]
         rows = rows_of(batch)
         return split(batch, parts_for(rows, min(rows, self.plan.micro_batch_size)))
