@@ -54,7 +54,7 @@ def table() -> str:
     half = next(row for row in large["plans"] if row["share_of_activations"] == 0.5)
     slowest_s = max(row["plan_s"] for row in large["plans"])
     lines += [
-        f"| Llama 7B, 4 x 2048 tokens, on this laptop: profile, slowest plan, real memory | "
+        f"| Llama 7B, 4 x 2048 tokens, on two CPU cores: profile, slowest plan, real memory | "
         f"{large['profile_s']:.1f} s, {slowest_s:.1f} s, {large['real_memory_gib']:.1f} GiB | {large_file} |",
         f"| the same at half the activations (roofline seconds): extra over the plain step, certified gap | "
         f"{half['extra_over_plain_step']:.1%}, {half['gap_of_step']:.2%} of a step | {large_file} |",
