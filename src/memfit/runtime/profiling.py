@@ -12,6 +12,7 @@ Note [Profiling]
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from typing import Any
@@ -87,6 +88,7 @@ def profile(
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
     graphs = [recording.graph for recording in recordings]
+    gc.collect()  # recordings run without the collector, and what they leave must not crowd the solver
     if points is not None:
         graphs = [with_costs(graph, *points) for graph in graphs]
         graphs = graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
