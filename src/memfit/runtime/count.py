@@ -131,7 +131,8 @@ def _only_match(
     splits = [split(probe, sizes) for sizes in (halves, tail)]
     whole = float(loss_fn(model, probe).detach())
     losses = [[float(loss_fn(model, part).detach()) for part in parts] for parts in splits]
-    if any(abs(one - other) <= 100 * _TOLERANCE * abs(whole) for one, other in losses):
+    # A weight off by a tenth shows only if the losses of the parts differ by ten times the tolerance.
+    if all(abs(one - other) <= 10 * _TOLERANCE * abs(whole) for one, other in losses):
         return None
     fitting = [
         counter
