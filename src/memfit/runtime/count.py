@@ -201,9 +201,10 @@ def _thinned(probe: Any) -> Any | None:
     if found.is_floating_point() or (found.device.type != "cpu" and not ignoring):
         return None
     thin = found.clone()
-    valid = (thin[0] != IGNORED).nonzero()
-    if found.dim() == 2 and len(valid) >= 4:
-        thin[0, valid[len(valid) // 2 :, 0]] = IGNORED
+    if found.dim() == 2 and found.shape[1] >= 4:
+        # Two labels a row are left of the first half: then counting the first one or not halves its weight.
+        for row in range(len(thin) // 2):
+            thin[row, (thin[row] != IGNORED).nonzero()[2:, 0]] = IGNORED
     elif found.dim() == 1 and len(thin) >= 4:
         thin[1] = IGNORED
     elif not ignoring:
