@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 
 import torch
@@ -34,7 +33,7 @@ def measurable_rows(
     per_row = (high_bytes - low_bytes) / max(1, largest.rows - smallest.rows)
     free_bytes = limit_bytes - residents.total_bytes - low_bytes
     fitting = smallest.rows + int(max(0.0, free_bytes) / per_row) if per_row > 0 else rows
-    return max(1, min(rows, fitting, 4 * _FEW_ROWS) // 2)
+    return max(1, min(rows, fitting))
 
 
 def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Measured] | None:
@@ -57,7 +56,6 @@ def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:
     best: Measured | None = None
     try:
         for repeat in range(1 + _REPEATS):
-            gc.collect()
             prepare_gradients(job.model, resident=False)
             probe = probe_for(place)()
             run = record_part(small, part, few, 1, probe, resident=False, hold_saved=True)

@@ -104,9 +104,10 @@ class CpuProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._profiler.__exit__(kind, error, trace)
+        profiler, self._profiler = self._profiler, None  # its trace is large, and read once
+        profiler.__exit__(kind, error, trace)
         if error is None:
-            self._peaks = self._read_peaks()
+            self._peaks = self._read_peaks(profiler.kineto_results.experimental_event_tree())
 
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op inside a named range of the profile."""
@@ -120,10 +121,10 @@ class CpuProbe:
         """Seconds and inner peak of each call."""
         return [OpCost(s, p) for s, p in zip(self._seconds, self._peaks, strict=True)]
 
-    def _read_peaks(self) -> list[int]:
+    def _read_peaks(self, events: list[Any]) -> list[int]:
         """The highest running sum of allocations within each named range."""
         peaks = [0] * len(self._seconds)
-        pending = list(self._profiler.kineto_results.experimental_event_tree())
+        pending = list(events)
         while pending:
             event = pending.pop()
             if event.name.startswith(self._RANGE):

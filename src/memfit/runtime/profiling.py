@@ -12,7 +12,6 @@ Note [Profiling]
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from typing import Any
@@ -81,14 +80,12 @@ def profile(
         recordings, residents, update, by_fakes = record_sizes(job, rows, counts, device)
         points = None
         if real:
-            most_rows = measurable_rows(recordings, residents, rows, limit_bytes)
             with contents_of(model):
-                points = measure(job, place, most_rows)
+                points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
     graphs = [recording.graph for recording in recordings]
-    gc.collect()  # recordings run without the collector, and what they leave must not crowd the solver
     if points is not None:
         graphs = [with_costs(graph, *points) for graph in graphs]
         graphs = graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]

@@ -284,6 +284,10 @@ class Recorder(TorchDispatchMode):
 
         self._watchers[address] = weakref.ref(block, died)
 
+    def forget(self) -> None:
+        """Watches no storage any longer; so the recorder is in no reference cycle, which would outlive it."""
+        self._watchers.clear()
+
     # ---- saves -----------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Any:
@@ -363,6 +367,7 @@ def record(
             with recorder:
                 loss.backward()
             del loss
+    recorder.forget()
     return _finish(recorder, probe, rows, forward_ops, gradients_resident)
 
 
@@ -376,6 +381,7 @@ def record_update(
         recorder.adopt_external(externals)
         with probe, recorder:
             update()
+    recorder.forget()
     return _finish(recorder, probe, 1, 0, True).graph
 
 
