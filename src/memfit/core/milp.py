@@ -38,6 +38,8 @@ FloatArray = NDArray[np.float64]
 # The tree is cut by its size, so that a plan does not depend on the machine; time only guards against hangs.
 _LIMITS = {"node_limit": 1, "time_limit": 120.0}
 
+_PARTS = (0.05, 0.5, 0.95)  # of a value that a relaxation must keep for it to be kept
+
 
 @dataclass(slots=True)
 class _Rows:
@@ -214,6 +216,36 @@ class Program:
         result = self._milp(self._expected, budget_bytes, gap=gap, allowed=allowed)
         return None if result.x is None else self.closure(self._kept(result.x))
 
+    def priced(self, budget_bytes: int | None, price_s: float) -> list[frozenset[int]]:
+        """Sets of values to drop where each byte kept at the end of the forward costs ``price_s`` seconds.
+
+        Without a budget the program is solved; with one its relaxation is rounded in a few ways, which takes
+        a tenth of the time and misses as little as the first branch of the tree would.
+
+        Args:
+            budget_bytes: Of the peak; None: any.
+        """
+        prices = np.append(price_s * self._kept_bytes(), np.zeros(self._width - len(self._keep)))
+        if budget_bytes is None:
+            everything = np.ones(len(self._keep))
+            result = self._milp(self._expected[:0], 0, gap=1e-4, allowed=everything, prices=prices)
+            return [] if result.x is None else [self.closure(self._kept(result.x))]
+        result = self._milp(self._expected, budget_bytes, prices=prices)
+        if result.x is None:
+            return []
+        return [self.closure({v for v, column in self._keep.items() if result.x[column] > part}) for part in _PARTS]
+
+    def _kept_bytes(self) -> FloatArray:
+        """What each value adds to the end of the forward if it is kept."""
+        moments = self._moments
+        end = moments.slots[0] if moments.slots else 0
+        return np.array(
+            [
+                float(moments.sizes[storage]) * (moments.freed_at[storage] < end)
+                for storage in (self._graph.values[value].storage for value in self._keep)
+            ]
+        )
+
     def least(self) -> frozenset[int]:
         """The values to drop so that the peak is lowest, whatever that costs."""
         result = self._milp(self._expected, None, gap=2e-2, allowed=np.ones(len(self._keep)))
@@ -239,11 +271,13 @@ class Program:
         *,
         gap: float = 0.0,
         allowed: FloatArray | None = None,
+        prices: FloatArray | None = None,
     ) -> OptimizeResult:
         """Hands the program to HiGHS; without ``allowed`` its relaxation, without a budget the least peak."""
-        cost = self._costs()
+        cost = self._costs() if prices is None else self._costs() + prices
         unit_s = max(float(cost.max(initial=0.0)), 1e-12)
         natural = np.array([p.natural_bytes for p in self._moments.peaks]) / self._unit_bytes
+        natural = natural[: flow.shape[0]]
         width = self._width + 1  # one more column: the peak, where it is the objective
         needs = self._needs.matrix(len(self._needs.lower), width)
         peak = csr_array(np.full((len(natural), 1), float(budget_bytes is None)))

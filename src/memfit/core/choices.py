@@ -1,0 +1,131 @@
+"""What one segment of a chain can do: sets of values to drop, each with its memory and its seconds.
+
+Note [Choices]
+ 1. Three numbers make a choice: bytes it keeps when the forward has left the segment, its own peak in the
+    backward, and seconds of replay. Those that another one beats in all three are left out.
+ 2. They are found by the program of ``core/milp.py`` on the segment's graph, with a price on each kept byte:
+    the lower hull of seconds over bytes, corner by corner, under a few limits of the peak.
+ 3. The numbers are not the program's but the simulation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memfit.core.milp import Program
+from memfit.core.segments import Segment, kept_after_forward
+from memfit.core.timeline import run
+
+_LIMITS = 3  # of the peak, between the least and what the fastest choice takes
+_DEPTH = 3  # of the search for corners of the hull: at most 2**_DEPTH + 1 under each limit
+_WINDOW = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A set of values of a segment's graph to drop, and what that means."""
+
+    dropped: frozenset[int]
+    kept_bytes: int
+    peak_bytes: int
+    forward_peak_bytes: int
+    seconds: float
+
+
+def read_choices(segment: Segment, *, alignment_bytes: int, replay_overhead_s: float) -> tuple[Choice, ...]:
+    """The choices of a segment, the most bytes first; at least to keep everything."""
+    search = _Search(segment, alignment_bytes, replay_overhead_s)
+    search.try_all([frozenset()])
+    if search.program_is_empty():
+        return search.best()
+    search.try_all([search.program.closure(set()), search.program.least()])
+    plain = search.found[frozenset()]
+    lowest = min(choice.peak_bytes for choice in search.found.values())
+    limits: list[int | None] = [None]
+    limits += [lowest + (plain.peak_bytes - lowest) * i // (_LIMITS + 1) for i in range(1, _LIMITS + 1)]
+    for limit in limits:
+        search.corners(limit)
+    return search.best()
+
+
+class _Search:
+    """The choices of one segment found so far."""
+
+    def __init__(self, segment: Segment, alignment_bytes: int, replay_overhead_s: float) -> None:
+        self.segment = segment
+        self.alignment_bytes = alignment_bytes
+        self.overhead_s = replay_overhead_s
+        self.found: dict[frozenset[int], Choice] = {}
+        self.program = Program(
+            segment.graph,
+            alignment_bytes=alignment_bytes,
+            replay_overhead_s=replay_overhead_s,
+            window=_WINDOW,
+        )
+
+    def program_is_empty(self) -> bool:
+        """Whether there is nothing to decide."""
+        return not self.program.closure(set())
+
+    def try_all(self, candidates: Iterable[frozenset[int] | None]) -> None:
+        """Simulates choices."""
+        for dropped in candidates:
+            if dropped is not None:
+                self.simulated(dropped)
+
+    def simulated(self, dropped: frozenset[int]) -> Choice:
+        """A choice with the simulation's numbers."""
+        if dropped not in self.found:
+            graph = self.segment.graph
+            own = run(graph, dropped, alignment_bytes=self.alignment_bytes)
+            forward = (m.total_bytes for m in own.moments if m.op < graph.forward_ops and not m.is_replay)
+            backward = (m.total_bytes for m in own.moments if m.op >= graph.forward_ops or m.is_replay)
+            self.found[dropped] = Choice(
+                dropped,
+                kept_after_forward(self.segment, own),
+                max(backward),
+                max(forward),
+                sum(graph.ops[op].seconds + self.overhead_s for op in own.replayed_ops),
+            )
+        return self.found[dropped]
+
+    def corners(self, limit_bytes: int | None) -> None:
+        """The corners of the hull of seconds over kept bytes, under a limit of the peak."""
+        dearest = self.program.priced(limit_bytes, 1.0)  # a second a byte: keep as little as can be
+        fastest = [frozenset[int]()] if limit_bytes is None else self.program.priced(limit_bytes, 0.0)
+        if dearest and fastest:
+            less, more = self.cheapest(dearest, 1.0), self.cheapest(fastest, 0.0)
+            self._between(limit_bytes, more, less, _DEPTH)
+
+    def cheapest(self, candidates: list[frozenset[int]], price_s: float) -> Choice:
+        """The best of several at a price; all are remembered."""
+        return min((self.simulated(c) for c in candidates), key=lambda c: c.seconds + price_s * c.kept_bytes)
+
+    def _between(self, limit_bytes: int | None, more: Choice, less: Choice, depth: int) -> None:
+        """Corners between two: the choice farthest below the line through them, and so on."""
+        if depth == 0 or more.kept_bytes <= less.kept_bytes or less.seconds <= more.seconds:
+            return
+        price_s = (less.seconds - more.seconds) / (more.kept_bytes - less.kept_bytes)
+        candidates = self.program.priced(limit_bytes, price_s)
+        if not candidates:
+            return
+        middle = self.cheapest(candidates, price_s)
+        if middle.seconds + price_s * middle.kept_bytes >= more.seconds + price_s * more.kept_bytes - 1e-12:
+            return
+        self._between(limit_bytes, more, middle, depth - 1)
+        self._between(limit_bytes, middle, less, depth - 1)
+
+    def best(self) -> tuple[Choice, ...]:
+        """The choices that no other one beats in everything."""
+        ordered = sorted(self.found.values(), key=lambda c: (c.seconds, c.kept_bytes, c.peak_bytes, len(c.dropped)))
+        kept: list[Choice] = []
+        for choice in ordered:
+            if not any(
+                o.kept_bytes <= choice.kept_bytes
+                and o.peak_bytes <= choice.peak_bytes
+                and o.forward_peak_bytes <= choice.forward_peak_bytes
+                for o in kept
+            ):
+                kept.append(choice)
+        return tuple(kept)
