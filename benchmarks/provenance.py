@@ -35,7 +35,9 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")),
+        "dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/results")
+        ),
         "memfit": memfit.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memfit.core.batching import parts_for
-from memfit.core.graph import Profile, Residents, StepGraph, ValueKey
+from memfit.core.graph import Level, Profile, Residents, StepGraph, ValueKey
 from memfit.core.plan import find_plan
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
@@ -572,14 +573,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def step_outcome(
-    model: nn.Module, loss_fn: LossFn, batch: Any, recompute: Iterable[ValueKey] | None = None, seed: int = 11
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    recompute: Iterable[ValueKey] | None = None,
+    levels: Collection[Level] = (),
+    seed: int = 11,
 ) -> Outcome:
     """Forward and backward on a copy of the model: plain, or with the named values replayed."""
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     mode: Any = contextlib.nullcontext()
     if recompute is not None:
-        mode = Replayer(model, decisions_of(recompute))
+        mode = Replayer(model, decisions_of(recompute, levels))
     with mode:
         loss = loss_fn(model, batch)
     loss.backward()
@@ -634,6 +640,22 @@ def planned(graph: StepGraph, share: float) -> list[ValueKey]:
     return list(find_plan(profile_of(graph), memory=int(least + share * (most - least))).recompute)
 
 
+def levels_of(graph: StepGraph) -> Iterator[dict[int, Level]]:
+    """Values to drop with levels of every kind: all in passing, mixed, without any order."""
+    possible = sorted(droppable(graph))
+    draw = random.Random(7)
+    parts = 4
+
+    def segment(value: int) -> int:
+        return graph.values[value].producer * parts // graph.forward_ops
+
+    yield {v: Level(segment(v), segment(v)) for v in possible}
+    for _ in range(2):
+        yield {v: Level(segment(v), draw.randint(segment(v), parts)) for v in possible}
+        some = closed(graph, [v for v in possible if draw.random() < 0.6])
+        yield {v: Level(draw.randint(0, 2), draw.randint(0, 2)) for v in sorted(some)}
+
+
 def plans_of(graph: StepGraph) -> Iterator[tuple[str, list[ValueKey]]]:
     """Plans of every kind, the useless ones too: any plan must be correct."""
     possible = sorted(droppable(graph))
@@ -653,9 +675,9 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     run = replay.Record.run
 
-    def counted(self: replay.Record) -> None:
+    def counted(self: replay.Record, passing: Counter[replay.Handle]) -> None:
         seen.append(str(self.func))
-        run(self)
+        run(self, passing)
 
     monkeypatch.setattr(replay.Record, "run", counted)
     return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ from models import (
     differences,
     floats,
     keys,
+    levels_of,
     outcome_of,
     plans_of,
     recorded,
@@ -73,6 +75,17 @@ def test_any_plan_gives_the_plain_step_to_the_bit(name: str, replays: list[str])
         found = differences(plain, step_outcome(model, case.loss, batch, plan))
         assert (what, found) == (what, [])
         assert replays or what != "everything" or not case.replays
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_levels_give_the_plain_step_to_the_bit(name: str) -> None:
+    case = CASES[name]
+    model, batch = case.model(), case.batch()
+    graph = recorded(model, case.loss, batch)
+    plain = step_outcome(model, case.loss, batch)
+    for levels in levels_of(graph):
+        plan = [graph.value_key(value) for value in levels]
+        assert_same(plain, step_outcome(model, case.loss, batch, plan, list(levels.values())))
 
 
 @pytest.mark.parametrize("name", ["mixture_of_experts", "skipped_layers", "in_place_chain", "attention"])
@@ -128,9 +141,9 @@ def test_the_comparison_can_fail() -> None:
 def test_a_replay_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     run = replay.Record.run
 
-    def wrong(self: replay.Record) -> None:
+    def wrong(self: replay.Record, passing: Counter[replay.Handle]) -> None:
         handles = [reference() for _, reference in self.outputs]
-        run(self)
+        run(self, passing)
         for handle in handles:
             if handle is not None and handle.tensor is not None and handle.tensor.is_floating_point():
                 handle.tensor.mul_(1.5)

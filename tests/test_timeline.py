@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from memfit.core import timeline
-from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Profile, StepGraph
+from memfit.core.graph import Level, LogEntry, LogKind, Op, OpKey, Profile, StepGraph
 from memfit.core.timeline import Timeline, _Walk, droppable, events, run, update_peak_bytes
 from reference import live_bytes, step_peak_bytes
 from strategies import Piece, build, choices, graphs, graphs_and_choices, profiles
@@ -60,7 +60,7 @@ def test_only_gradients_outlive_the_step(drawn: Drawn) -> None:
 def test_the_events_of_a_step_peak_where_the_reference_says(profile: Profile, data: st.DataObject) -> None:
     graph = data.draw(st.sampled_from(profile.graphs))
     dropped = data.draw(choices(graph))
-    found = Timeline(tuple(events(profile, graph, dropped)))
+    found = Timeline(tuple(events(profile, graph, dict.fromkeys(dropped, Level()))))
     assert found.peak_bytes == step_peak_bytes(profile, graph, dropped)
     assert found.events[-1].total_bytes == update_peak_bytes(profile)
     live = live_bytes(graph, dropped, profile.alignment_bytes)
@@ -205,7 +205,7 @@ class EveryWriteCopies(_Walk):
 
 
 class GeneratorStatesWeighNothing(_Walk):
-    def __init__(self, graph: StepGraph, dropped: frozenset[int], alignment_bytes: int) -> None:
+    def __init__(self, graph: StepGraph, dropped: Mapping[int, Level], alignment_bytes: int) -> None:
         ops = tuple(replace(op, seed_bytes=0) for op in graph.ops)
         super().__init__(replace(graph, ops=ops), dropped, alignment_bytes)
 
@@ -216,7 +216,7 @@ class RecordsOutliveTheForward(_Walk):
 
 
 class BlocksAreNotRounded(_Walk):
-    def __init__(self, graph: StepGraph, dropped: frozenset[int], alignment_bytes: int) -> None:
+    def __init__(self, graph: StepGraph, dropped: Mapping[int, Level], alignment_bytes: int) -> None:
         super().__init__(graph, dropped, 1)
 
 

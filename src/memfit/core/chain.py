@@ -67,7 +67,9 @@ class Way:
 class Chain:
     """The tables of one memory; see Note [The chain]."""
 
-    def __init__(self, links: Sequence[Link], memory_bytes: int, units: int, *, round_up: bool = True) -> None:
+    def __init__(
+        self, links: Sequence[Link], memory_bytes: int, units: int, *, round_up: bool = True
+    ) -> None:
         self.links = links
         self.units = units
         self.unit_bytes = max(1, -(-memory_bytes // units))

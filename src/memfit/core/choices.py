@@ -118,7 +118,9 @@ class _Search:
 
     def best(self) -> tuple[Choice, ...]:
         """The choices that no other one beats in everything."""
-        ordered = sorted(self.found.values(), key=lambda c: (c.seconds, c.kept_bytes, c.peak_bytes, len(c.dropped)))
+        ordered = sorted(
+            self.found.values(), key=lambda c: (c.seconds, c.kept_bytes, c.peak_bytes, len(c.dropped))
+        )
         kept: list[Choice] = []
         for choice in ordered:
             if not any(

@@ -186,6 +186,18 @@ class ValueKey(NamedTuple):
     output: int
 
 
+class Level(NamedTuple):
+    """When a recomputed value is made for good, and when only in passing.
+
+    ``segment`` is the stretch of the model whose backward wants it, counted from the start of the forward.
+    A replay that serves a segment after ``retained_from`` makes it only in passing: it is let go of
+    as soon as that replay has used it, and made once more later.
+    """
+
+    segment: int = 0
+    retained_from: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Residents:
     """Bytes that live through the whole step, by category."""

@@ -233,7 +233,10 @@ class Program:
         result = self._milp(self._expected, budget_bytes, prices=prices)
         if result.x is None:
             return []
-        return [self.closure({v for v, column in self._keep.items() if result.x[column] > part}) for part in _PARTS]
+        return [
+            self.closure({v for v, column in self._keep.items() if result.x[column] > part})
+            for part in _PARTS
+        ]
 
     def _kept_bytes(self) -> FloatArray:
         """What each value adds to the end of the forward if it is kept."""

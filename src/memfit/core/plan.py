@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 
-from memfit.core.graph import FORMAT, Profile, StepGraph, ValueKey, _checked
+from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
 from memfit.core.milp import Program
 from memfit.core.timeline import Run, Timeline, base_bytes, droppable, events, run, update_peak_bytes
 from memfit.errors import InfeasibleBudget
@@ -43,6 +44,7 @@ class Plan:
             op at most once, and not earlier than 24 backward slots before its own backward.
         recompute: The values that are computed again instead of kept.
         recomputed_bytes: Their size in one micro-batch.
+        levels: One for each of them where some are computed more than once; else empty.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Plan:
     lower_bound_s: float
     recompute: tuple[ValueKey, ...] = ()
     recomputed_bytes: int = 0
+    levels: tuple[Level, ...] = ()
 
     @property
     def optimality_gap(self) -> float:
@@ -101,7 +104,8 @@ class Plan:
         data = _checked(text, "plan")
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
-            return Plan(recompute=keys, **data)
+            levels = tuple(Level(*row) for row in data.pop("levels"))
+            return Plan(recompute=keys, levels=levels, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit plan: {error}") from None
 
@@ -146,21 +150,25 @@ def simulate(profile: Profile, plan: Plan) -> Timeline:
     return Timeline(tuple(events(profile, graph, dropped_values(graph, plan))))
 
 
-def dropped_values(graph: StepGraph, plan: Plan) -> frozenset[int]:
-    """The values of a graph that a plan recomputes.
+def dropped_values(graph: StepGraph, plan: Plan) -> dict[int, Level]:
+    """The values of a graph that a plan recomputes, and their levels.
 
     Raises:
-        ValueError: One of them is not in the graph, or cannot be replayed.
+        ValueError: One of them is not in the graph, or cannot be replayed; or levels are missing.
     """
     by_key = {graph.value_key(value): value for value in graph.produced()}
     possible = droppable(graph)
-    found = set()
-    for key in plan.recompute:
+    found: dict[int, Level] = {}
+    if plan.levels and len(plan.levels) != len(plan.recompute):
+        raise ValueError(
+            f"the plan recomputes {len(plan.recompute)} tensors and has {len(plan.levels)} levels; plan again"
+        )
+    for key, level in zip(plan.recompute, plan.levels or repeat(Level()), strict=False):
         if key not in by_key:
             raise ValueError(f"the plan recomputes {key}, which this profile does not have; plan again")
         if by_key[key] not in possible:
             raise ValueError(f"the plan recomputes {key}, which cannot be replayed; plan again")
-        found.add(by_key[key])
+        found[by_key[key]] = level
     for value in found:
         for needed in graph.ops[graph.values[value].producer].inputs:
             if graph.values[needed].is_overwritten and needed not in found:
@@ -168,7 +176,7 @@ def dropped_values(graph: StepGraph, plan: Plan) -> frozenset[int]:
                     f"the plan recomputes {graph.value_key(value)} from {graph.value_key(needed)}, which is "
                     "overwritten in place and not recomputed; plan again"
                 )
-    return frozenset(found)
+    return found
 
 
 @dataclass(slots=True)

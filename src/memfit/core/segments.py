@@ -16,9 +16,9 @@ Note [Segments]
 from __future__ import annotations
 
 import bisect
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.core.timeline import Run, run
@@ -90,7 +90,7 @@ def _cuts(graph: StepGraph) -> list[int]:
     chosen = _narrow(spans, _changes(graph, 0, 0, graph.forward_ops))
     for depth in (1, 2):
         bounds = [0, *chosen, graph.forward_ops]
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             if high - low > _LARGE_OPS:
                 deeper = _changes(graph, depth, low, high)
                 chosen = sorted({*chosen, *_narrow(spans, sorted({*chosen, *deeper}))})

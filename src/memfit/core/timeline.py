@@ -8,15 +8,18 @@ Note [Simulation]
     reader has been replayed. This is plain reference counting, as the replay does it.
  3. A replayed in-place op takes the old version over if nobody else wants it, else it copies it.
  4. At each op the peak counts inputs, outputs and the operator's own temporaries together.
+ 5. With levels, a value may be made *in passing*: it lives until the last op of that replay has read it, and
+    its op stays pending with all its inputs, to run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from memfit.core.graph import LogKind, Profile, StepGraph
+from memfit.core.graph import Level, LogKind, Profile, StepGraph
 
 
 class Moment(NamedTuple):
@@ -113,9 +116,10 @@ def droppable(graph: StepGraph) -> frozenset[int]:
 class _Walk:
     """The reference counting of Note [Simulation], one instance a run."""
 
-    def __init__(self, graph: StepGraph, dropped: frozenset[int], alignment_bytes: int) -> None:
+    def __init__(self, graph: StepGraph, levels: Mapping[int, Level], alignment_bytes: int) -> None:
         self.graph = graph
-        self.dropped = dropped
+        self.levels = levels
+        self.dropped = frozenset(levels)
         align = alignment_bytes
         self.sizes = [-(-s.size_bytes // align) * align for s in graph.storages]
         self.alignment_bytes = align
@@ -124,7 +128,7 @@ class _Walk:
         self.wanted = [0] * len(graph.values)
         self.made = [False] * len(graph.values)
         self.pending: set[int] = set()
-        self.unpacked: set[int] = set()
+        self.passing: Counter[int] = Counter()
         self.activations = self.replayed = self.gradients = self.temporaries = 0
         self.first_backward = graph.forward_ops
         self.is_forward = True
@@ -202,7 +206,9 @@ class _Walk:
         """The backward needs a save: what is missing is replayed."""
         value = self.graph.saves[save].value
         if value in self.dropped and not self.made[value]:
-            for op in self._missing(value):
+            missing = self._missing(value)
+            self.passing = self._in_passing(missing, value)
+            for op in missing:
                 self._replay(op)
 
     def release(self, save: int) -> None:
@@ -231,31 +237,76 @@ class _Walk:
             )
         return sorted(found)
 
+    def _in_passing(self, missing: list[int], target: int) -> Counter[int]:
+        """The values a replay makes only in passing, and how many of its ops read each."""
+        segment = self.levels[target].segment
+        ops = [self.graph.ops[index] for index in missing]
+        found = Counter(
+            {
+                value: 0
+                for op in ops
+                for value in op.outputs
+                if value in self.dropped
+                and not self.made[value]
+                and value != target
+                and self.levels[value].retained_from < segment
+            }
+        )
+        found.update(value for op in ops for value in set(op.inputs) if value in found)
+        return found
+
     def _replay(self, index: int) -> None:
         """Runs one missing op and lets go of what only it was waiting for."""
         op = self.graph.ops[index]
-        self.pending.discard(index)
+        stays = any(value in self.passing and self.wanted[value] for value in op.outputs)
         self.replayed_ops.append(index)
         taken = set()
+        doubled = [value for value in op.outputs if self.made[value]]
         for output in op.outputs:
             old = self._overwritten(index, output)
-            if old is not None and self.wanted[old] == 1:
+            if old is not None and self._may_take(old, stays):
                 taken.add(old)
             else:
                 self.replayed += self.sizes[self.graph.values[output].storage]
             self.made[output] = True
         self._note(index, True, op.temporary_bytes)
+        for value in op.inputs:
+            if value in self.passing:
+                self.passing[value] -= 1
+                self._pass(value, is_taken=value in taken)
+        if not stays:
+            self._finish(index, taken)
+        for output in op.outputs:
+            if output in doubled or not self.wanted[output]:
+                self.replayed -= self.sizes[self.graph.values[output].storage]
+            elif output in self.passing:
+                self._pass(output)
+
+    def _may_take(self, old: int, stays: bool) -> bool:
+        """Whether a replayed write may take over the old version of its storage."""
+        if old in self.passing:
+            return self.passing[old] == 1
+        return not stays and self.wanted[old] == 1
+
+    def _pass(self, value: int, *, is_taken: bool = False) -> None:
+        """Lets go of a value made in passing once nothing in this replay reads it any more."""
+        if not self.passing[value]:
+            self.made[value] = False
+            if not is_taken:
+                self.replayed -= self.sizes[self.graph.values[value].storage]
+
+    def _finish(self, index: int, taken: set[int]) -> None:
+        """An op has been replayed for good."""
+        op = self.graph.ops[index]
+        self.pending.discard(index)
         self.activations -= op.seed_bytes
         for value in op.inputs:
-            if value in taken:
+            if value in taken and value not in self.passing:
                 self.wanted[value] = 0
             elif value in self.dropped:
                 self._unwant(value)
             else:
                 self._release(self.graph.values[value].storage)
-        for output in op.outputs:
-            if not self.wanted[output]:
-                self.replayed -= self.sizes[self.graph.values[output].storage]
 
     def _overwritten(self, index: int, output: int) -> int | None:
         """The old version that an output of an in-place op replaces."""
@@ -281,7 +332,8 @@ class _Walk:
 
     def _is_unwanted(self, op: int) -> bool:
         """Whether an op waits to be replayed and nobody wants an output of it."""
-        return op in self.pending and not any(self.wanted[v] for v in self.graph.ops[op].outputs)
+        outputs = self.graph.ops[op].outputs
+        return op in self.pending and not any(self.wanted[v] and not self.made[v] for v in outputs)
 
     def _abandon(self, op: int) -> list[int]:
         """A record nobody needs is gone; returns the dropped values it wanted."""
@@ -301,12 +353,18 @@ class _Walk:
                     self._unwant(value)
 
 
-def run(graph: StepGraph, dropped: Iterable[int] = (), *, alignment_bytes: int = 1) -> Run:
+def run(
+    graph: StepGraph, dropped: Iterable[int] | Mapping[int, Level] = (), *, alignment_bytes: int = 1
+) -> Run:
     """Simulates one micro-batch in which the given values are replayed instead of kept.
+
+    Args:
+        dropped: The values, or their levels by value.
 
     Cost: linear in the log and the replayed ops.
     """
-    walk = _Walk(graph, frozenset(dropped), alignment_bytes)
+    levels = dropped if isinstance(dropped, Mapping) else dict.fromkeys(dropped, Level())
+    walk = _Walk(graph, levels, alignment_bytes)
     act = {
         LogKind.OP: walk.run_op,
         LogKind.PACK: walk.pack,
@@ -333,7 +391,7 @@ def update_peak_bytes(profile: Profile) -> int:
     return profile.residents.total_bytes + profile.update_temporary_bytes + profile.unexplained_bytes
 
 
-def events(profile: Profile, graph: StepGraph, dropped: frozenset[int]) -> Iterator[Event]:
+def events(profile: Profile, graph: StepGraph, dropped: Mapping[int, Level]) -> Iterator[Event]:
     """Every moment of one micro-batch and of the optimizer step, with all categories."""
     residents = profile.residents
     resident_gradients = residents.gradients_bytes if graph.gradients_resident else 0

@@ -19,7 +19,9 @@ Note [Replay]
  7. Autograd checks that saved tensors were not modified, but not behind hooks: memfit checks instead. What
     is written after it was saved, and autograd does not mind (chunks of ``unsafe_split`` count versions
     of their own; ``rrelu`` writes its noise uncounted), is held from then on, as autograd would.
- 8. Blank memory (``empty``, ``zeros``) may be written invisibly, so it is held as soon as anything but a
+ 8. A plan may make a value *in passing*: a replay for a later segment of the model uses it and lets go of it,
+    and its record stays, to run once more when its own segment is due. That is checkpointing in levels.
+ 9. Blank memory (``empty``, ``zeros``) may be written invisibly, so it is held as soon as anything but a
     complete overwrite looks at it.
 """
 
@@ -27,8 +29,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain, repeat
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +42,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memfit.core.graph import ValueKey
+from memfit.core.graph import Level, ValueKey
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.opinfo import (
     OpInfo,
@@ -56,8 +60,10 @@ from memfit.runtime.opinfo import (
     written_statistics,
 )
 
-# frame -> op -> occurrence -> numbers of the outputs to drop
-Decisions = Mapping[str, Mapping[OpOverload, Mapping[int, frozenset[int]]]]
+# number of each output to drop -> its level
+Dropped = Mapping[int, Level]
+# frame -> op -> occurrence -> outputs to drop
+Decisions = Mapping[str, Mapping[OpOverload, Mapping[int, Dropped]]]
 
 
 class Handle:
@@ -71,6 +77,7 @@ class Handle:
     __slots__ = (
         "__weakref__",
         "is_blank",
+        "level",
         "readers",
         "record",
         "source",
@@ -85,6 +92,7 @@ class Handle:
         self.readers: list[weakref.ref[Record]] = []
         self.windows: list[weakref.ref[Window]] = []
         self.is_blank = False
+        self.level = Level()
         self.source: Tensor | None = None
         self.version = 0
 
@@ -120,9 +128,8 @@ class Window:
         """Whether autograd would refuse the saved tensor."""
         return self.counter is not None and self.counter._version != self.version
 
-    def open(self) -> Tensor:
+    def open(self, whole: Tensor | None) -> Tensor:
         """The tensor, over memory that must be there already."""
-        whole = self.handle.tensor
         assert whole is not None
         if whole.dtype is self.dtype:
             return whole.as_strided(self.size, self.stride, self.offset)
@@ -167,24 +174,39 @@ class Record:
             elif isinstance(item, (list, tuple)):
                 pending.extend(item)
 
-    def run(self) -> None:
-        """Runs the op and hands its results to the handles that still live, then lets go of its arguments."""
-        for handle in self.writes:
-            if handle.has_other_readers(self):
-                _replace_in(self, handle)
-        args, kwargs = _opened(self.arguments), {k: _opened(v) for k, v in self.keywords.items()}
+    def live_outputs(self) -> Iterator[tuple[int, Handle]]:
+        """The handles that still want a result, and its number."""
+        for number, reference in self.outputs:
+            handle = reference()
+            if handle is not None and handle.record is self:
+                yield number, handle
+
+    def run(self, passing: Counter[Handle]) -> None:
+        """Runs the op and hands its results to the handles that still want them.
+
+        It lets go of its arguments unless a result is made only in passing.
+        """
+        stays = any(handle in passing for _, handle in self.live_outputs())
+        private = {h: _copy_of_storage(h.tensor) for h in self.writes if self._must_copy(h, passing, stays)}
+        args = _opened(self.arguments, private)
+        kwargs = {name: _opened(value, private) for name, value in self.keywords.items()}
         for position in self.statistics:
             args[position] = args[position].clone()
-        with _generator_at(self), torch.set_grad_enabled(self.has_gradients):
+        with _generator_at(self, keep=stays), torch.set_grad_enabled(self.has_gradients):
             out = self.func(*args, **kwargs)
         results = [*declared_writes(op_info(self.func), tuple(args), kwargs), *tensors_in(out)]
-        for number, reference in self.outputs:
-            handle_or_none = reference()
-            if handle_or_none is not None:
-                handle_or_none.tensor, handle_or_none.record = results[number], None
-        for handle in self.handles():
-            handle.readers = [r for r in handle.readers if r() is not self]
-        self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
+        for number, handle in self.live_outputs():
+            handle.tensor = results[number]
+            if handle not in passing:
+                handle.record = None
+        if not stays:
+            for handle in self.handles():
+                handle.readers = [r for r in handle.readers if r() is not self]
+            self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
+
+    def _must_copy(self, old: Handle, passing: Counter[Handle], stays: bool) -> bool:
+        """Whether somebody still wants a version that the op is about to overwrite."""
+        return passing[old] > 1 if old in passing else stays or old.has_other_readers(self)
 
 
 class Replayer(TorchDispatchMode):
@@ -193,9 +215,7 @@ class Replayer(TorchDispatchMode):
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
-        self._sites: CallSites[Mapping[OpOverload, Mapping[int, frozenset[int]]]] = CallSites(
-            model, decisions
-        )
+        self._sites: CallSites[Mapping[OpOverload, Mapping[int, Dropped]]] = CallSites(model, decisions)
         self._dropped: dict[int, tuple[Handle, StorageWeakRef]] = {}
         self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
         self._writes: dict[OpOverload, bool] = {}
@@ -240,7 +260,7 @@ class Replayer(TorchDispatchMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _run_recorded(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: frozenset[int]
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: Dropped
     ) -> Any:
         """Runs an op the plan names and leaves a record, unless that would not be safe here."""
         info = op_info(func)
@@ -281,7 +301,7 @@ class Replayer(TorchDispatchMode):
     def _hold_blanks(
         self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
     ) -> None:
-        """Takes blank memory out of the plan if the op looks at it. See Note 8."""
+        """Takes blank memory out of the plan if the op looks at it. See Note 9."""
         unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
         for tensor in tensors_in([*args, *kwargs.values()]):
             address = _address(tensor)
@@ -289,12 +309,13 @@ class Replayer(TorchDispatchMode):
                 del self._dropped[address]
 
     def _make_handles(
-        self, record: Record, results: list[Tensor], dropped: frozenset[int], *, is_blank: bool
+        self, record: Record, results: list[Tensor], dropped: Dropped, *, is_blank: bool
     ) -> None:
         """Gives the dropped outputs handles that know how to make them again."""
-        for number in dropped:
+        for number, level in dropped.items():
             if number < len(results) and is_plain(results[number]):
                 handle = Handle(record)
+                handle.level = level
                 handle.is_blank = is_blank
                 record.outputs.append((number, weakref.ref(handle)))
                 block = results[number].untyped_storage()
@@ -364,20 +385,30 @@ class Replayer(TorchDispatchMode):
         with self._lock:
             if packed.handle.tensor is None:
                 self._replay(packed.handle)
-            opened: Tensor = packed.open()
+            opened: Tensor = packed.open(packed.handle.tensor)
             return opened
 
     def _replay(self, handle: Handle) -> None:
         """Runs the records a handle is missing, in forward order."""
         missing = _missing_records(handle)
         self._check_sources(missing)
+        passing = _made_in_passing(missing, handle)
         with ExitStack() as stack:
             if torch._C._len_torch_dispatch_stack():
                 stack.enter_context(_disable_current_modes())
             stack.enter_context(torch._C._AutoDispatchBelowAutograd())
             stack.enter_context(torch._C._DisableAutocast())
             while missing:
-                missing.pop().run()
+                record = missing.pop()
+                used = [h for h in {*record.handles()} if h in passing] if passing else []
+                record.run(passing)
+                for argument in used:
+                    passing[argument] -= 1
+                for made in (
+                    [*used, *(h for _, h in record.live_outputs() if h in passing)] if passing else []
+                ):
+                    if not passing[made]:
+                        made.tensor = None
 
     def _check_sources(self, records: Iterable[Record]) -> None:
         """Refuses to compute from a leaf that was changed since the forward."""
@@ -402,14 +433,27 @@ class _Raw:
         self.tensor = tensor
 
 
-def decisions_of(recomputed: Iterable[ValueKey]) -> Decisions:
+def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ()) -> Decisions:
     """A plan's values to recompute, arranged for the hot path."""
-    found: dict[str, dict[OpOverload, dict[int, frozenset[int]]]] = {}
-    for frame, op, nth, output in recomputed:
+    found: dict[str, dict[OpOverload, dict[int, dict[int, Level]]]] = {}
+    for key, level in zip(recomputed, chain(levels, repeat(Level())), strict=False):
+        frame, op, nth, output = key
         namespace, name, overload = op.split(".")
         func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        numbers = found.setdefault(frame, {}).setdefault(func, {})
-        numbers[nth] = numbers.get(nth, frozenset()) | {output}
+        found.setdefault(frame, {}).setdefault(func, {}).setdefault(nth, {})[output] = level
+    return found
+
+
+def _made_in_passing(missing: list[Record], target: Handle) -> Counter[Handle]:
+    """The handles a replay makes only in passing, and how many of its records read each. See Note 8."""
+    outputs = (handle for record in missing for _, handle in record.live_outputs())
+    segment = target.level.segment
+    found: Counter[Handle] = Counter(
+        dict.fromkeys((h for h in outputs if h is not target and h.level.retained_from < segment), 0)
+    )
+    if found:
+        for record in missing:
+            found.update(handle for handle in {*record.handles()} if handle in found)
     return found
 
 
@@ -425,34 +469,20 @@ def _missing_records(handle: Handle) -> list[Record]:
     return [found[order] for order in sorted(found, reverse=True)]
 
 
-def _opened(item: Any) -> Any:
-    """Arguments with tensors in place of windows."""
+def _opened(item: Any, private: Mapping[Handle, Tensor]) -> Any:
+    """Arguments with tensors in place of windows; some over a private copy of their storage."""
     if isinstance(item, Window):
-        return item.open()
+        return item.open(private.get(item.handle, item.handle.tensor))
     if isinstance(item, _Raw):
         return item.tensor
     if isinstance(item, (list, tuple)):
-        return type(item)(_opened(part) for part in item)
+        return type(item)(_opened(part, private) for part in item)
     return item
 
 
-def _replace_in(record: Record, old: Handle) -> None:
-    """Lets a record write to a private copy of a version that others still read."""
-    assert old.tensor is not None
-    copy = Handle(None, _copy_of_storage(old.tensor))
-    copy.readers = [weakref.ref(record)]
-    old.readers = [r for r in old.readers if r() is not record]
-    pending: list[Any] = [*record.arguments, *record.keywords.values()]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, Window) and item.handle is old:
-            item.handle = copy
-        elif isinstance(item, (list, tuple)):
-            pending.extend(item)
-
-
-def _copy_of_storage(tensor: Tensor) -> Tensor:
+def _copy_of_storage(tensor: Tensor | None) -> Tensor:
     """A tensor over a copy of the whole storage, same geometry."""
+    assert tensor is not None
     items = tensor.untyped_storage().nbytes() // tensor.element_size()
     return (
         tensor.as_strided((items,), (1,), 0)
@@ -480,8 +510,8 @@ def _generator_state(device: torch.device) -> tuple[torch.device, Tensor]:
 
 
 @contextmanager
-def _generator_at(record: Record) -> Iterator[None]:
-    """Runs the body at a record's generator state, which it uses up, and puts the stream back.
+def _generator_at(record: Record, *, keep: bool) -> Iterator[None]:
+    """Runs the body at a record's generator state, which it uses up unless told not to; puts the stream back.
 
     The present state is kept outside of tensors, so that two states are never in memory at once.
     """
@@ -491,7 +521,8 @@ def _generator_at(record: Record) -> Iterator[None]:
     device, state = record.seed
     now = _generator_of(device).clone_state()
     _set_generator(device, state)
-    record.seed = None
+    if not keep:
+        record.seed = None
     del state
     try:
         yield

@@ -95,7 +95,7 @@ class Step:
         self._counter = counter
         self._optimizer = optimizer
         self._find = find
-        self._decisions = decisions_of(plan.recompute)
+        self._decisions = decisions_of(plan.recompute, plan.levels)
         self._unverified = _VERIFIED_STEPS
         self._most_items = 0
 
@@ -187,7 +187,7 @@ class Step:
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
             return False
-        self._decisions = decisions_of(self.plan.recompute)
+        self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
 
     def _metered(self, batch: Any) -> tuple[Tensor, int]:
