@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from memfit.core.milp import Program
 from memfit.core.segments import Segment, kept_after_forward
@@ -33,11 +34,11 @@ class Choice:
     seconds: float
 
 
-def read_choices(segment: Segment, *, alignment_bytes: int, replay_overhead_s: float) -> tuple[Choice, ...]:
+def read_choices(segment: Segment, alignment_bytes: int, replay_overhead_s: float) -> tuple[Choice, ...]:
     """The choices of a segment, the most bytes first; at least to keep everything."""
     search = _Search(segment, alignment_bytes, replay_overhead_s)
     search.try_all([frozenset()])
-    if search.program_is_empty():
+    if not search.program.closure(set()):
         return search.best()
     search.try_all([search.program.closure(set()), search.program.least()])
     plain = search.found[frozenset()]
@@ -49,6 +50,15 @@ def read_choices(segment: Segment, *, alignment_bytes: int, replay_overhead_s: f
     return search.best()
 
 
+def tried_choices(
+    segment: Segment, candidates: Iterable[frozenset[int]], alignment_bytes: int, replay_overhead_s: float
+) -> tuple[Choice, ...]:
+    """The choices of a segment among sets that were found for one of the same shape."""
+    search = _Search(segment, alignment_bytes, replay_overhead_s)
+    search.try_all(candidates)
+    return search.best()
+
+
 class _Search:
     """The choices of one segment found so far."""
 
@@ -57,22 +67,21 @@ class _Search:
         self.alignment_bytes = alignment_bytes
         self.overhead_s = replay_overhead_s
         self.found: dict[frozenset[int], Choice] = {}
-        self.program = Program(
-            segment.graph,
-            alignment_bytes=alignment_bytes,
-            replay_overhead_s=replay_overhead_s,
+
+    @cached_property
+    def program(self) -> Program:
+        """The program of the segment's graph."""
+        return Program(
+            self.segment.graph,
+            alignment_bytes=self.alignment_bytes,
+            replay_overhead_s=self.overhead_s,
             window=_WINDOW,
         )
 
-    def program_is_empty(self) -> bool:
-        """Whether there is nothing to decide."""
-        return not self.program.closure(set())
-
-    def try_all(self, candidates: Iterable[frozenset[int] | None]) -> None:
+    def try_all(self, candidates: Iterable[frozenset[int]]) -> None:
         """Simulates choices."""
         for dropped in candidates:
-            if dropped is not None:
-                self.simulated(dropped)
+            self.simulated(dropped)
 
     def simulated(self, dropped: frozenset[int]) -> Choice:
         """A choice with the simulation's numbers."""

@@ -39,6 +39,7 @@ class Segment:
         forward_extra_bytes, backward_extra_bytes: What the rest of the step holds meanwhile, beyond what
             earlier segments keep.
         class_key: Equal for segments that do the same.
+        shape_key: Equal for segments whose forwards do the same, at any size.
     """
 
     graph: StepGraph
@@ -46,6 +47,12 @@ class Segment:
     forward_extra_bytes: int
     backward_extra_bytes: int
     class_key: str
+    shape_key: str
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the value that crosses into it."""
+        return self.graph.size_bytes(0)
 
 
 def read_segments(graph: StepGraph, *, alignment_bytes: int) -> tuple[Segment, ...]:
@@ -370,13 +377,19 @@ class _Writer:
             saves=tuple(self.saves),
             log=tuple(self.log),
         )
-        return Segment(graph, tuple(self.sources), 0, 0, _class_key(graph))
+        return Segment(graph, tuple(self.sources), 0, 0, _class_key(graph), _shape_key(graph))
 
 
 def _class_key(graph: StepGraph) -> str:
     """Everything about a segment but the names of its modules."""
     ops = [replace(op, key=OpKey("", op.key.op, 0)) for op in graph.ops]
     return repr((ops, graph.storages, graph.values, graph.saves, graph.log, graph.forward_ops))
+
+
+def _shape_key(graph: StepGraph) -> str:
+    """What the forward of a segment does, whatever its sizes."""
+    ops = [(op.key.op, op.inputs, op.outputs) for op in graph.ops[: graph.forward_ops]]
+    return repr((ops, [save.value for save in graph.saves]))
 
 
 # ---- the rest of the step ------------------------------------------------------------------------

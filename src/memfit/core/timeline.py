@@ -269,7 +269,8 @@ class _Walk:
             else:
                 self.replayed += self.sizes[self.graph.values[output].storage]
             self.made[output] = True
-        self._note(index, True, op.temporary_bytes)
+        state_bytes = op.seed_bytes if stays else 0  # what it used stays while the stream is put back
+        self._note(index, True, op.temporary_bytes + state_bytes)
         for value in op.inputs:
             if value in self.passing:
                 self.passing[value] -= 1
