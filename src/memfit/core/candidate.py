@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from memfit.core.chain import Chain, Link
 from memfit.core.graph import Level, Profile, StepGraph
@@ -107,7 +108,7 @@ class Candidate:
         free_bytes = budget_bytes - self.base_bytes
         if self.links:
             return (
-                Chain(self.links, free_bytes, self._units, bound=True).solve() if free_bytes > 0 else math.inf
+                Chain(self.links, free_bytes, self.units, bound=True).solve() if free_bytes > 0 else math.inf
             )
         bound_s = self.program.bound_s(free_bytes)
         return math.inf if bound_s is None else bound_s
@@ -130,7 +131,7 @@ class Candidate:
         memory_bytes = self.plain_bytes - self.base_bytes
         found: list[Dropped] = []
         for _ in range(3):
-            chain = Chain(self.links, memory_bytes, self._units)
+            chain = Chain(self.links, memory_bytes, self.units)
             least_bytes = chain.least_bytes()
             if least_bytes is None:
                 break
@@ -139,9 +140,16 @@ class Candidate:
         return found
 
     @property
-    def _units(self) -> int:
+    def units(self) -> int:
         """How finely the chain counts memory."""
         return 4000 if len(self.links) <= 50 else 2000
+
+
+class Verdict(NamedTuple):
+    """What the simulation says of a choice: bytes left over (negative: lacking), and where its peak is."""
+
+    left_bytes: int
+    in_forward: bool
 
 
 @dataclass(slots=True)
@@ -164,26 +172,39 @@ class _Search:
         """Nothing faster is worth looking for."""
         return self.bound_s + _GOOD_ENOUGH * self.candidate.step_s(self.bound_s) / self.candidate.steps
 
-    def judge(self, dropped: Dropped) -> int:
-        """Remembers a choice if it fits and is the fastest; returns the bytes it leaves over."""
+    def judge(self, dropped: Dropped) -> Verdict:
+        """Simulates a choice; remembers it if it fits and is the fastest."""
         simulated = self.candidate.run(dropped)
-        left_bytes = self.free_bytes - simulated.peak.total_bytes
+        top = simulated.peak
+        left_bytes = self.free_bytes - top.total_bytes
         cost_s = self.candidate.cost_s(simulated)
         if left_bytes >= 0 and cost_s < self.best_s:
             self.best, self.best_s = dropped, cost_s
-        return left_bytes
+        return Verdict(left_bytes, top.op < self.candidate.graph.forward_ops and not top.is_replay)
 
     def through_chain(self) -> Dropped | None:
         """Asks the chain again and again, for what the last answer left over or lacked."""
-        target_bytes = self.free_bytes
+        links, units = self.candidate.links, self.candidate.units
+        target_bytes, forward_bytes, before = self.free_bytes, 0, None
+        step_bytes = self.free_bytes // (units // 2)
         for _ in range(_ATTEMPTS):
-            chain = Chain(self.candidate.links, target_bytes, self.candidate._units)
+            chain = Chain(links, target_bytes, units, forward_bytes=forward_bytes)
             if math.isinf(chain.solve()):
                 break
-            left_bytes = self.judge(levels_of(self.candidate.links, chain.ways()))
-            if self.best_s <= self.enough_s or abs(left_bytes) < self.free_bytes // 2000:
+            dropped = levels_of(links, chain.ways())
+            left_bytes, in_forward = self.judge(dropped)
+            if (
+                self.best_s <= self.enough_s
+                or 0 <= left_bytes < step_bytes
+                or (left_bytes >= 0 and dropped == before)
+            ):
                 break
-            target_bytes += left_bytes if left_bytes < 0 else left_bytes // 2
+            before = dropped
+            change_bytes = min(left_bytes, -step_bytes) if left_bytes < 0 else left_bytes // 2
+            if in_forward:
+                forward_bytes -= change_bytes
+            else:
+                target_bytes += change_bytes
         return self.best
 
     def through_program(self) -> Dropped | None:
@@ -200,7 +221,7 @@ class _Search:
             if self.best_s <= self.enough_s:
                 break
             proposal = program.solve(target_bytes, relaxed, gap=gap)
-            left_bytes = 0 if proposal is None else self.judge(_single(proposal))
+            left_bytes = 0 if proposal is None else self.judge(_single(proposal)).left_bytes
             if proposal is not None and left_bytes >= 0:
                 break
             target_bytes -= max(-left_bytes, self.free_bytes // 200)
@@ -214,7 +235,7 @@ class _Search:
         low, high = 0, len(wishes)
         while low <= high:
             middle = (low + high) // 2
-            if self.judge(_single(self.candidate.program.closure(set(wishes[:middle])))) >= 0:
+            if self.judge(_single(self.candidate.program.closure(set(wishes[:middle])))).left_bytes >= 0:
                 low = middle + 1
             else:
                 high = middle - 1

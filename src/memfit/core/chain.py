@@ -86,15 +86,25 @@ class Chain:
 
     Args:
         units: How many parts the memory is counted in.
+        forward_bytes: What the forward holds beyond what the segments know of.
         bound: Round sizes down, so that no way through the chain is faster than :meth:`solve` says.
 
     Cost: about ``links**2 * units`` times the number of choices and of links.
     """
 
-    def __init__(self, links: Sequence[Link], memory_bytes: int, units: int, *, bound: bool = False) -> None:
+    def __init__(
+        self,
+        links: Sequence[Link],
+        memory_bytes: int,
+        units: int,
+        *,
+        forward_bytes: int = 0,
+        bound: bool = False,
+    ) -> None:
         self._links = links
         self._units = units
         self._unit_bytes = max(1.0, memory_bytes / units)
+        self._forward_bytes = forward_bytes
         self._round: Callable[[float], int] = math.floor if bound else round
         self._tables = [self._table(link) for link in links]
         self._again: dict[tuple[int, int], FloatArray] = {}
@@ -104,7 +114,10 @@ class Chain:
         """The sizes of a link in units."""
         s = link.segment
         peaks = [
-            max(c.peak_bytes + s.backward_extra_bytes, c.forward_peak_bytes + s.forward_extra_bytes)
+            max(
+                c.peak_bytes + s.backward_extra_bytes,
+                c.forward_peak_bytes + s.forward_extra_bytes + self._forward_bytes,
+            )
             for c in link.choices
         ]
         return _Table(
