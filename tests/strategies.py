@@ -239,3 +239,40 @@ def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = Fal
         replay_overhead_s=draw(st.sampled_from([0.0, 0.125])),
         unexplained_bytes=draw(rarely(st.integers(1, 9))),
     )
+
+
+BLOCK_OPS = 4
+
+
+@st.composite
+def chains(draw: st.DrawFn, blocks: int = 5, kinds: int = 2) -> Profile:
+    """A step of several residual blocks in a row, some alike: normalise, widen, narrow, add."""
+    small, time_s = st.integers(1, 12), st.integers(1, 16).map(lambda eighths: eighths / 8)
+    width = draw(small)
+    made = []
+    for _ in range(draw(st.integers(1, kinds))):
+        seconds = [draw(time_s) for _ in range(BLOCK_OPS)]
+        wide, narrow = draw(small) * 2, draw(small)
+        seed = draw(rarely(st.just(3)))
+        gradient = draw(rarely(st.integers(1, 5)))
+        made.append(
+            (
+                Piece((0,), (narrow,), saves_inputs=True, seconds=seconds[0], gradient_bytes=gradient),
+                Piece(
+                    (1,), (wide,), saves_inputs=True, saves_outputs=(0,), seconds=seconds[1], seed_bytes=seed
+                ),
+                Piece((2,), (width,), saves_inputs=draw(st.booleans()), seconds=seconds[2]),
+                Piece((0, 3), (width,), seconds=seconds[3], frees=(0, 0, 0, 0)),
+            )
+        )
+    order = draw(st.lists(st.integers(0, len(made) - 1), min_size=3, max_size=blocks))
+    pieces = tuple(piece for kind in order for piece in made[kind])
+    start = Piece(sizes=(width,), is_replayable=False, is_skipped=True)
+    graph = build((start, *pieces), resident=draw(st.booleans()))
+    ops = [
+        replace(op, key=op.key._replace(frame=f"block.{max(0, index - 1) // BLOCK_OPS}"))
+        for index, op in enumerate(graph.ops[: graph.forward_ops])
+    ]
+    graph = replace(graph, ops=(*ops, *graph.ops[graph.forward_ops :]))
+    overhead_s = draw(st.sampled_from([0.0, 0.125]))
+    return Profile(1, (graph,), Residents(0, 0, 0, 0), 0, 0.0, replay_overhead_s=overhead_s)

@@ -202,7 +202,7 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
     top = simulated.peak
     phase = "recompute" if top.is_replay else "forward" if top.op < graph.forward_ops else "backward"
     named = sorted((graph.value_key(value), level) for value, level in dropped.items())
-    in_levels = any(level.retained_from != level.segment for _, level in named)
+    in_levels = any(level != Level() for _, level in named)
     return Plan(
         rows=profile.rows,
         micro_batch_size=graph.rows,

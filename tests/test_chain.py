@@ -1,0 +1,287 @@
+"""Models of several blocks in a row: segments, their choices, and the way through the chain."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import memfit
+from memfit.core.candidate import Candidate
+from memfit.core.chain import Chain, Link, Way
+from memfit.core.graph import Level, OpKey, Profile
+from memfit.core.links import Choices, levels_of, read_links
+from memfit.core.plan import find_plan
+from memfit.core.segments import kept_after_forward, read_segments
+from memfit.core.timeline import run
+from memfit.errors import InfeasibleBudget
+from models import ZooCase, judge
+from reference import step_peak_bytes
+from strategies import chains
+
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+UNITS = 2000
+
+
+def links_of(profile: Profile) -> tuple[Link, ...]:
+    """The chain of a profile's only graph."""
+    return read_links(profile.graphs[0], Choices(profile.alignment_bytes, profile.replay_overhead_s))
+
+
+def chosen(links: tuple[Link, ...], picks: tuple[int, ...]) -> frozenset[int]:
+    """The values of the whole graph that one choice a segment drops."""
+    return frozenset(
+        link.segment.values[value]
+        for link, pick in zip(links, picks, strict=True)
+        for value in link.choices[pick % len(link.choices)].dropped
+    )
+
+
+def seconds_of(profile: Profile, levels: Any) -> float:
+    """Seconds of replay, by the simulation."""
+    graph = profile.graphs[0]
+    replayed = run(graph, levels).replayed_ops
+    return sum(graph.ops[op].seconds + profile.replay_overhead_s for op in replayed)
+
+
+# ---- segments ----------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(chains(), st.data())
+def test_what_segments_keep_and_take_adds_up_to_the_step(profile: Profile, data: st.DataObject) -> None:
+    graph, links = profile.graphs[0], links_of(profile)
+    picks = tuple(data.draw(st.integers(0, 50)) for _ in links)
+    kept_bytes, peaks = 0, []
+    for link, pick in zip(links, picks, strict=True):
+        choice, segment = link.choices[pick % len(link.choices)], link.segment
+        peaks.append(kept_bytes + choice.peak_bytes + segment.backward_extra_bytes)
+        peaks.append(kept_bytes + choice.forward_peak_bytes + segment.forward_extra_bytes)
+        kept_bytes += choice.kept_bytes
+    assert max(peaks) >= step_peak_bytes(profile, graph, chosen(links, picks))
+    if not any(pick % len(link.choices) for link, pick in zip(links, picks, strict=True)):
+        assert max(peaks) == step_peak_bytes(profile, graph, ())
+
+
+@FEW
+@given(chains())
+def test_every_op_and_save_of_a_step_is_in_one_segment(profile: Profile) -> None:
+    graph = profile.graphs[0]
+    segments = read_segments(graph, alignment_bytes=1)
+    assert len(segments) >= 3
+    assert sum(s.graph.forward_ops - 1 for s in segments) == graph.forward_ops
+    assert sum(len(s.graph.ops) - 2 for s in segments) == len(graph.ops)
+    assert sum(len(s.graph.saves) for s in segments) == len(graph.saves)
+    assert kept_after_forward(segments[0], run(segments[0].graph)) > 0
+
+
+def test_a_model_without_blocks_is_no_chain() -> None:
+    profile = _example()
+    ops = tuple(
+        replace(op, key=OpKey("all.in.one", op.key.op, i)) for i, op in enumerate(profile.graphs[0].ops)
+    )
+    assert read_segments(replace(profile.graphs[0], ops=ops), alignment_bytes=1) == ()
+
+
+def _example() -> Profile:
+    """One chain, the same in every run."""
+    found: list[Profile] = []
+
+    @settings(max_examples=1, database=None, derandomize=True)
+    @given(chains())
+    def draw(profile: Profile) -> None:
+        found.append(profile)
+
+    draw()
+    return found[0]
+
+
+# ---- the way through ---------------------------------------------------------------------------------------
+
+
+@FEW
+@given(chains(4), st.integers(0, 100))
+def test_no_choice_of_the_segments_is_faster_than_the_bound(profile: Profile, percent: int) -> None:
+    graph, links = profile.graphs[0], links_of(profile)
+    few = [range(min(len(link.choices), 4)) for link in links]
+    least = min(step_peak_bytes(profile, graph, chosen(links, picks)) for picks in itertools.product(*few))
+    budget = least + (run(graph).peak.total_bytes - least) * percent // 100
+    bound_s = Chain(links, budget, UNITS, bound=True).solve()
+    for picks in itertools.product(*few):
+        dropped = chosen(links, picks)
+        if step_peak_bytes(profile, graph, dropped) <= budget:
+            assert bound_s <= seconds_of(profile, dropped) + 1e-9
+
+
+@FEW
+@given(chains(6), st.integers(0, 100))
+def test_a_way_costs_what_the_table_says_and_fits_what_it_was_given(profile: Profile, percent: int) -> None:
+    graph, links = profile.graphs[0], links_of(profile)
+    plain = run(graph).peak.total_bytes
+    least = Chain(links, plain, UNITS).least_bytes()
+    assert least is not None
+    chain = Chain(links, max(1, least + (plain - least) * percent // 100), UNITS)
+    seconds = chain.solve()
+    if math.isinf(seconds):  # the least was rounded in the favour of the chain
+        assert percent == 0
+        return
+    levels = levels_of(links, chain.ways())
+    assert seconds_of(profile, levels) <= seconds + 1e-9
+    assert levels.keys() <= set(graph.produced())
+
+
+@FEW
+@given(chains(6))
+def test_more_memory_is_never_slower_for_the_chain(profile: Profile) -> None:
+    links = links_of(profile)
+    plain = run(profile.graphs[0]).peak.total_bytes
+    chain = Chain(links, plain, UNITS)
+    chain.solve()
+    table = chain._first[0]
+    assert (table[1:] <= table[:-1]).all()
+    assert table[-1] == 0.0
+
+
+@FEW
+@given(chains(6), st.integers(0, 100))
+def test_a_plan_of_a_chain_fits_by_the_reference_or_is_in_levels(profile: Profile, percent: int) -> None:
+    graph = profile.graphs[0]
+    with pytest.raises(InfeasibleBudget) as refused:
+        find_plan(profile, memory=1)
+    needed = refused.value.needed_bytes
+    plain = step_peak_bytes(profile, graph, ())
+    plan = find_plan(profile, memory=needed + (plain - needed) * percent // 100)
+    assert plan.predicted_peak_bytes <= plan.budget_bytes
+    if not plan.levels:
+        named = frozenset(v for v in graph.produced() if graph.value_key(v) in set(plan.recompute))
+        assert step_peak_bytes(profile, graph, named) == plan.predicted_peak_bytes
+
+
+class Forgetful(Choices):
+    """Solves every segment anew."""
+
+    def of(self, segment: Any) -> Any:
+        self.by_class.clear()
+        self.by_shape.clear()
+        return super().of(segment)
+
+
+@FEW
+@given(chains(6), st.integers(0, 100))
+def test_solving_alike_segments_once_gives_what_solving_all_gives(profile: Profile, percent: int) -> None:
+    graph = profile.graphs[0]
+    found = []
+    for book in (Choices(1, profile.replay_overhead_s), Forgetful(1, profile.replay_overhead_s)):
+        candidate = Candidate(profile, graph, book)
+        budget = candidate.plain_bytes * (100 + percent) // 200
+        bound_s = candidate.bound_s(budget)
+        found.append((bound_s, candidate.solve(budget, bound_s)))
+    assert found[0] == found[1]
+
+
+# ---- real models -------------------------------------------------------------------------------------------
+
+
+LAYERS, ROWS, TOKENS = 8, 4, 16
+
+
+def deep(_: int = 1) -> nn.Module:
+    """A GPT-2 of many thin layers, with its dropout."""
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=LAYERS, n_embd=16, n_head=2, vocab_size=17, n_positions=TOKENS, use_cache=False)
+    )
+
+
+def tokens(rows: int, _: int = 1) -> dict[str, Tensor]:
+    """A batch of them."""
+    ids = torch.arange(rows * TOKENS).reshape(rows, TOKENS) % 17
+    return {"input_ids": ids, "labels": ids}
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The model's own loss."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+DEEP = ZooCase("deep", deep, tokens, own_loss, None, ROWS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_deep_model_keeps_every_promise_however_low_the_budget(share: float) -> None:
+    torch.manual_seed(3)
+    model, batch = deep().train(), tokens(ROWS)
+    profile = memfit.profile(model, own_loss, batch, micro_batch_size=ROWS)
+    assert len(read_segments(profile.graphs[0], alignment_bytes=1)) >= LAYERS
+    with pytest.raises(InfeasibleBudget) as refused:
+        find_plan(profile, memory=1)
+    needed = refused.value.needed_bytes
+    plain = find_plan(profile, memory=1 << 40).predicted_peak_bytes
+    budget = int(needed + share * (plain - needed))
+    step = memfit.fit(model, own_loss, batch, memory=budget + 2000, micro_batch_size=ROWS)
+    found = judge(DEEP, model, batch, step)
+    assert found.differences == []
+    assert found.measured_bytes <= found.predicted_bytes <= found.budget_bytes
+    assert found.predicted_bytes <= 1.01 * found.measured_bytes + 1000
+
+
+def test_a_deep_model_recomputed_in_levels_is_the_plain_one_to_the_bit() -> None:
+    torch.manual_seed(3)
+    model, batch = deep().train(), tokens(ROWS)
+    profile = memfit.profile(model, own_loss, batch, micro_batch_size=ROWS)
+    links = read_links(profile.graphs[0], Choices(1, 0.0))
+    for halvings in (1, 2, 3):
+        levels = levels_of(links, halved(links, halvings))
+        assert any(level.retained_from > level.segment for level in levels.values())
+        _judge_levels(model, batch, profile, levels)
+
+
+def halved(links: tuple[Link, ...], halvings: int) -> list[Way]:
+    """Only the first entry is kept; a stretch is run again for its last segment, then each of its halves."""
+    last = len(links) - 1
+    entries = {0: -1}
+    stretches = [(0, last, halvings)]
+    made_for: dict[int, int] = {}
+    while stretches:
+        s, t, left = stretches.pop()
+        middle = (s + t + 1) // 2
+        if left and s < middle <= t:
+            entries[middle] = t
+            stretches += [(s, middle - 1, left - 1), (middle, t, left - 1)]
+        else:
+            made_for |= dict.fromkeys(range(s, t + 1), t)
+    return [
+        Way(link.everything, made_for[i], entries[i] if i in entries else made_for[i])
+        for i, link in enumerate(links)
+    ]
+
+
+def _judge_levels(model: nn.Module, batch: Any, profile: Profile, levels: dict[int, Level]) -> None:
+    """The same gradients as the plain step, and the allocator's peak is the simulation's."""
+    graph = profile.graphs[0]
+    keys = [graph.value_key(value) for value in levels]
+    simulated = run(graph, levels)
+    plan = replace(
+        find_plan(profile, memory=1 << 40),
+        recompute=tuple(keys),
+        levels=tuple(levels.values()),
+        predicted_peak_bytes=profile.residents.total_bytes
+        - profile.residents.gradients_bytes
+        + profile.unexplained_bytes
+        + simulated.peak.total_bytes,
+        budget_bytes=1 << 40,
+    )
+    twin = copy.deepcopy(model)
+    step = memfit.Step(twin, own_loss, plan, profile, counter=None, optimizer=None, find=lambda p: plan)
+    found = judge(DEEP, twin, batch, step)
+    assert found.differences == []
+    assert found.measured_bytes <= found.predicted_bytes <= 1.01 * found.measured_bytes + 1000
