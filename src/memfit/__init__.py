@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Workload,
         find_plan,
         fit,
+        frontier,
         profile,
         simulate,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "Workload",
     "find_plan",
     "fit",
+    "frontier",
     "profile",
     "simulate",
 ]

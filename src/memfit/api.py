@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
@@ -31,6 +32,7 @@ __all__ = [
     "Workload",
     "find_plan",
     "fit",
+    "frontier",
     "profile",
     "simulate",
 ]

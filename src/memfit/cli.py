@@ -22,12 +22,12 @@ from rich.console import Console
 
 import memfit
 from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
-from memfit.report.terminal import TerminalWatcher, plan_table, plan_verdict, result_table
+from memfit.report.terminal import TerminalWatcher, frontier_table, plan_table, plan_verdict, result_table
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
-    from memfit.core.plan import Plan
+    from memfit.core.graph import Profile
 
 EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4
@@ -152,12 +152,39 @@ def plan(
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
     _check_memory(memory)
     with _interruptible():
-        found = _plan(target, memory, batch_size, micro_batch_size, seed, device)
+        from memfit.api import find_plan
+
+        recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
+        found = find_plan(recorded, memory=memory, micro_batch_size=micro_batch_size)
     if as_json:
         print(found.to_json())
         return
     _show(plan_table(found, target))
     print(plan_verdict(found, target))
+
+
+@app.command()
+def frontier(
+    target: Target = DEFAULT_TARGET,
+    *,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    plans: Annotated[int, typer.Option(help="How many budgets to plan for.", min=2)] = 12,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what each amount of memory buys for TARGET: the plans that no other one beats."""
+    with _interruptible():
+        from memfit.api import frontier as find_frontier
+
+        recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
+        found = find_frontier(recorded, micro_batch_size=micro_batch_size, plans=plans)
+    if as_json:
+        print(json.dumps([json.loads(plan.to_json()) for plan in found]))
+        return
+    _show(frontier_table(found, target))
+    print(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,16 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(
-    target: str,
-    memory: str,
-    batch_size: int | None,
-    micro_batch_size: int | None,
-    seed: int,
-    device: str | None,
-) -> Plan:
-    """Returns the plan of a workload that is built from fake tensors: shapes without memory."""
-    from memfit.api import find_plan, profile
+def _recorded(
+    target: str, batch_size: int | None, micro_batch_size: int | None, seed: int, device: str | None
+) -> tuple[Profile, int | None]:
+    """The profile of a workload built from fake tensors, and the micro-batch it must be planned at."""
+    from memfit.api import profile
     from memfit.runtime.fake import fake_tensors
     from memfit.workload import load_target
 
@@ -209,7 +231,7 @@ def _plan(
     if micro_batch_size is None and any(graph.coupled for graph in recorded.graphs):
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")
-    return find_plan(recorded, memory=memory, micro_batch_size=micro_batch_size)
+    return recorded, micro_batch_size
 
 
 def _check_memory(memory: str | None) -> None:

@@ -93,7 +93,7 @@ def fixed_share(small: Measured, large: Measured) -> float:
 def scaled(small: StepGraph, large: StepGraph, rows: int) -> StepGraph:
     """The graph at another number of rows, from two that were recorded (or one, twice).
 
-    Where both did the same things in the same order, each storage's bytes lie on the line through both.
+    Where both did the same things in the same order, bytes and seconds lie on the line through both.
     Where they did not, or there is one size only, what does not persist grows with the rows.
     """
     same = small.rows != large.rows and small.log == large.log
@@ -107,8 +107,12 @@ def scaled(small: StepGraph, large: StepGraph, rows: int) -> StepGraph:
             grows = 1.0 if storage.persists else rows / large.rows
             size_bytes = round(storage.size_bytes * grows)
         storages.append(replace(storage, size_bytes=max(0, size_bytes)))
-    ops = tuple(replace(op, seconds=op.seconds * rows / large.rows) for op in large.ops)
-    return replace(large, rows=rows, storages=tuple(storages), ops=ops)
+    ops = []
+    for index, op in enumerate(large.ops):
+        least_s = small.ops[index].seconds if same else 0.0  # what a launch takes at any size
+        seconds = _line(small.rows if same else 0, least_s, large.rows, op.seconds, rows)
+        ops.append(replace(op, seconds=seconds))
+    return replace(large, rows=rows, storages=tuple(storages), ops=tuple(ops))
 
 
 def with_made_bytes(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 
 from memfit.core.candidate import Candidate
@@ -127,15 +127,65 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
 
     Cost: about one linear program a candidate size, one mixed integer program for the winners.
     """
-    budget_bytes = parse_memory(memory)
-    graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
-    choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
-    candidates = [Candidate(profile, graph, choices) for graph in graphs]
-    best: Plan | None = None
-    if update_peak_bytes(profile) <= budget_bytes:
-        for candidate in sorted(candidates, key=lambda c: (c.step_s(0.0), c.steps)):
-            best = _faster(best, candidate, budget_bytes)
-    return best if best is not None else _least(profile, candidates, budget_bytes)
+    planner = Planner(profile, micro_batch_size)
+    return planner.fastest(parse_memory(memory)) or planner.least(parse_memory(memory))
+
+
+class Planner:
+    """The plans of one profile; what is worked out for one budget serves the next. See Note [Search]."""
+
+    def __init__(self, profile: Profile, micro_batch_size: int | None = None) -> None:
+        graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
+        choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
+        self._profile = profile
+        self._candidates = sorted(
+            (Candidate(profile, graph, choices) for graph in graphs), key=lambda c: (c.step_s(0.0), c.steps)
+        )
+        self._lowest: Plan | None = None
+
+    def fastest(self, budget_bytes: int) -> Plan | None:
+        """The fastest plan within a budget, None if none was found."""
+        best: Plan | None = None
+        if update_peak_bytes(self._profile) <= budget_bytes:
+            for candidate in self._candidates:
+                best = _faster(best, candidate, budget_bytes)
+        return best
+
+    def lowest(self) -> Plan:
+        """The plan of least peak. See Note [Search] 4."""
+        if self._lowest is None:
+            # Not a set: its order, and with it the choice between equals, would differ from run to run.
+            sizes = [candidate.graph.rows for candidate in self._candidates]
+            ends = dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))
+            plans = [
+                _plan(self._candidates[end], dropped, 0, 0.0)
+                for end in ends
+                for dropped in self._candidates[end].least()
+            ]
+            least = min(plans, key=lambda plan: (plan.predicted_peak_bytes, plan.predicted_step_s))
+            self._lowest = replace(least, budget_bytes=least.predicted_peak_bytes)
+        return self._lowest
+
+    def least(self, budget_bytes: int) -> Plan:
+        """The plan of least peak if it fits.
+
+        Raises:
+            InfeasibleBudget: It does not; says the smallest memory that works.
+        """
+        least = self.lowest()
+        needed_bytes = least.predicted_peak_bytes
+        if needed_bytes <= budget_bytes:
+            return replace(least, budget_bytes=budget_bytes)
+        raise InfeasibleBudget(
+            f"no plan fits {format_bytes(budget_bytes)} ({budget_bytes:,} B): the smallest memory that works "
+            f"is {needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "
+            "gradients, optimizer state and batch alone take "
+            f"{format_bytes(self._profile.residents.total_bytes)}. Raise the memory by "
+            f"{needed_bytes - budget_bytes:,} B, or make the model, the rows or the optimizer state smaller.",
+            budget_bytes=budget_bytes,
+            needed_bytes=needed_bytes,
+            owner=least.peak_owner,
+        )
 
 
 def _faster(best: Plan | None, candidate: Candidate, budget_bytes: int) -> Plan | None:
@@ -217,27 +267,4 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
         recompute=tuple(key for key, _ in named),
         recomputed_bytes=sum(graph.size_bytes(value) for value in dropped),
         levels=tuple(level for _, level in named) if in_levels else (),
-    )
-
-
-def _least(profile: Profile, candidates: list[Candidate], budget_bytes: int) -> Plan:
-    """The plan of least peak, if it fits. See Note [Search] 4."""
-    plans: list[Plan] = []
-    # Not a set: its order, and with it the choice between equals, would differ from run to run.
-    ends = min(candidates, key=lambda c: c.graph.rows), max(candidates, key=lambda c: c.graph.rows)
-    for candidate in dict.fromkeys(ends):
-        plans.extend(_plan(candidate, dropped, budget_bytes, 0.0) for dropped in candidate.least())
-    least = min(plans, key=lambda plan: (plan.predicted_peak_bytes, plan.predicted_step_s))
-    if least.predicted_peak_bytes <= budget_bytes:
-        return least
-    needed_bytes = least.predicted_peak_bytes
-    raise InfeasibleBudget(
-        f"no plan fits {format_bytes(budget_bytes)} ({budget_bytes:,} B): the smallest memory that works is "
-        f"{needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "
-        "gradients, optimizer state and batch alone take "
-        f"{format_bytes(profile.residents.total_bytes)}. Raise the memory by "
-        f"{needed_bytes - budget_bytes:,} B, or make the model, the rows or the optimizer state smaller.",
-        budget_bytes=budget_bytes,
-        needed_bytes=needed_bytes,
-        owner=least.peak_owner,
     )

@@ -64,6 +64,25 @@ def plan_table(plan: Plan, title: str) -> Table:
     return facts(title, plan_facts(plan))
 
 
+def frontier_table(plans: Sequence[Plan], title: str) -> Table:
+    """Returns the plans of a frontier as a table; "recomputed" is a share of the step, a bar its seconds."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("memory", "micro-batches", "recomputed", "step", "slower"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    fastest_s, slowest_s = (pick(plan.predicted_step_s for plan in plans) for pick in (min, max))
+    for plan in plans:
+        table.add_row(
+            format_bytes(plan.predicted_peak_bytes),
+            f"{plan.gradient_accumulation_steps} x {plan.micro_batch_size} rows",
+            f"{plan.recompute_s / plan.predicted_step_s:.1%}" if plan.recompute_s else "nothing",
+            format_seconds(plan.predicted_step_s),
+            f"{plan.predicted_step_s / fastest_s:.2f} x",
+            "█" * max(1, round(10 * plan.predicted_step_s / slowest_s)),
+        )
+    return table
+
+
 def plan_verdict(plan: Plan, title: str) -> str:
     """Returns the plan in one line."""
     fits = f"{title} fits into {format_bytes(plan.budget_bytes)}"

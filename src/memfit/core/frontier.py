@@ -1,0 +1,49 @@
+"""The plans worth choosing from: none is beaten by another in both memory and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from memfit.core.graph import Profile
+from memfit.core.plan import Plan, Planner
+
+_PLENTY_BYTES = 1 << 62
+
+
+def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: int = 24) -> list[Plan]:
+    """The undominated plans from the least memory that works to no recomputation, least memory first.
+
+    Each one takes more memory than the one before and is faster. Each plan's budget is its own peak.
+
+    Pure, like :func:`memfit.find_plan`.
+
+    Args:
+        micro_batch_size: Pins the micro-batch; otherwise each plan has its own.
+        plans: How many budgets to plan for, at least 2, at equal ratios of the memory above the residents.
+
+    Raises:
+        ValueError: ``plans`` is below 2, or the profile has no such micro-batch.
+    """
+    if plans < 2:
+        raise ValueError(f"a frontier of {plans} plans has no two ends: ask for at least 2")
+    planner = Planner(profile, micro_batch_size)
+    lowest, fastest = planner.lowest(), planner.fastest(_PLENTY_BYTES)
+    assert fastest is not None
+    found = [lowest, fastest]
+    base_bytes = min(profile.residents.total_bytes, lowest.predicted_peak_bytes - 1)
+    low, high = (plan.predicted_peak_bytes - base_bytes for plan in (lowest, fastest))
+    for i in range(1, plans - 1):
+        budget_bytes = base_bytes + round(low * (high / low) ** (i / (plans - 1)))
+        plan = planner.fastest(budget_bytes)
+        if plan is not None:
+            found.append(replace(plan, budget_bytes=plan.predicted_peak_bytes))
+    return undominated(found)
+
+
+def undominated(plans: list[Plan]) -> list[Plan]:
+    """The plans that no other one beats, least memory first."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda p: (p.predicted_peak_bytes, p.predicted_step_s)):
+        if not kept or plan.predicted_step_s < kept[-1].predicted_step_s:
+            kept.append(plan)
+    return kept
