@@ -270,7 +270,7 @@ def chains(draw: st.DrawFn, blocks: int = 5, kinds: int = 2) -> Profile:
     start = Piece(sizes=(width,), is_replayable=False, is_skipped=True)
     graph = build((start, *pieces), resident=draw(st.booleans()))
     ops = [
-        replace(op, key=op.key._replace(frame=f"block.{max(0, index - 1) // BLOCK_OPS}"))
+        replace(op, key=OpKey(f"block.{max(0, index - 1) // BLOCK_OPS}", op.key.op, index))
         for index, op in enumerate(graph.ops[: graph.forward_ops])
     ]
     graph = replace(graph, ops=(*ops, *graph.ops[graph.forward_ops :]))

@@ -83,6 +83,16 @@ def test_bytes_of_two_recorded_sizes_lie_on_their_line() -> None:
     assert {s.size_bytes for s in scaled(small, large, 8).storages} == {28}
 
 
+def test_seconds_of_two_recorded_sizes_lie_on_their_line_so_that_a_launch_is_never_scaled_away() -> None:
+    """5 s at 2 rows and 9 s at 4 rows: 1 s fixed and 2 s a row."""
+    small, large = (
+        replace(ONE, rows=rows, ops=tuple(replace(op, seconds=seconds) for op in ONE.ops))
+        for rows, seconds in ((2, 5.0), (4, 9.0))
+    )
+    assert {op.seconds for op in scaled(small, large, 8).ops} == {17.0}
+    assert {op.seconds for op in scaled(small, large, 1).ops} == {3.0}
+
+
 def test_what_two_runs_did_differently_grows_with_the_rows_but_for_gradients() -> None:
     large = replace(ONE, rows=4)
     small = replace(ONE, rows=2, log=ONE.log[:-1])

@@ -36,8 +36,8 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
         budget_bytes = base_bytes + round(low * (high / low) ** (i / (plans - 1)))
         plan = planner.fastest(budget_bytes)
         if plan is not None:
-            found.append(replace(plan, budget_bytes=plan.predicted_peak_bytes))
-    return undominated(found)
+            found.append(plan)
+    return [replace(plan, budget_bytes=plan.predicted_peak_bytes) for plan in undominated(found)]
 
 
 def undominated(plans: list[Plan]) -> list[Plan]:

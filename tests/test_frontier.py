@@ -1,0 +1,75 @@
+"""The frontier: what each amount of memory buys."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memfit.cli import main
+from memfit.core.frontier import frontier, undominated
+from memfit.core.graph import Profile
+from memfit.core.plan import find_plan, simulate
+from memfit.errors import InfeasibleBudget
+from strategies import chains, profiles
+
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+
+
+@FEW
+@given(st.one_of(profiles(6, tidy=True), chains(6)))
+def test_more_memory_is_faster_and_less_memory_peaks_lower(profile: Profile) -> None:
+    found = frontier(profile, plans=6)
+    for one, two in pairwise(found):
+        assert one.predicted_peak_bytes < two.predicted_peak_bytes
+        assert one.predicted_step_s > two.predicted_step_s
+    for plan in found:
+        assert simulate(profile, plan).peak_bytes == plan.predicted_peak_bytes == plan.budget_bytes
+
+
+@FEW
+@given(st.one_of(profiles(6, tidy=True), chains(6)))
+def test_a_frontier_goes_from_the_least_memory_to_no_recomputation(profile: Profile) -> None:
+    found = frontier(profile, plans=4)
+    plenty = find_plan(profile, memory=1 << 50)
+    assert found[-1].predicted_step_s == plenty.predicted_step_s
+    with pytest.raises(InfeasibleBudget) as refused:
+        find_plan(profile, memory=1)
+    assert found[0].predicted_peak_bytes == refused.value.needed_bytes
+
+
+@FEW
+@given(chains(6))
+def test_no_plan_of_a_frontier_is_beaten_by_another(profile: Profile) -> None:
+    found = frontier(profile, plans=5)
+    beaten = [
+        (one, two)
+        for one in found
+        for two in found
+        if one is not two
+        and two.predicted_peak_bytes <= one.predicted_peak_bytes
+        and two.predicted_step_s <= one.predicted_step_s
+    ]
+    assert beaten == []
+    assert undominated(found[::-1]) == found
+    assert undominated([*found, *found]) == found
+
+
+def test_a_frontier_needs_two_ends() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        frontier(Profile(1, (), None, 0, 0.0), plans=1)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["frontier", "memfit.workloads.images:workload", "--batch-size", "4", "--plans", "3"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "micro-batches" in table
+    assert "1 x 4 rows" in table  # BatchNorm keeps the batch whole
+    assert main([*arguments, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert len(plans) == 3
+    assert plans[0]["predicted_peak_bytes"] < plans[-1]["predicted_peak_bytes"]
