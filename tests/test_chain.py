@@ -28,7 +28,7 @@ from models import ZooCase, judge
 from reference import step_peak_bytes
 from strategies import chains
 
-FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 UNITS = 2000
 
 

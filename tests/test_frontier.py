@@ -16,7 +16,7 @@ from memfit.core.plan import find_plan, simulate
 from memfit.errors import InfeasibleBudget
 from strategies import chains, profiles
 
-FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 
 
 @FEW

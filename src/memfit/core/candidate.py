@@ -2,7 +2,8 @@
 
 Note [Two planners]
  1. A model made of several blocks in a row is planned as a chain (``core/chain.py``): quick at any depth,
-    and it can recompute in levels. Any other graph is one program (``core/milp.py``).
+    and it can recompute in levels. Any other graph is one program (``core/milp.py``), and so is a small
+    one too: that takes no time, and it may drop what a chain takes for an entry.
  2. Either makes proposals, and ``core/timeline.py`` judges them. What overshoots is asked for again with
     as much less memory, what leaves some over with as much more.
  3. Each bounds from below what a plan of its kind recomputes.
@@ -27,6 +28,7 @@ Dropped = Mapping[int, Level]
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
 _ATTEMPTS = 6
+_SMALL_OPS = 150  # of the forward
 _NOTHING: Dropped = {}
 
 
@@ -106,31 +108,42 @@ class Candidate:
         if self.plain_bytes <= budget_bytes:
             return 0.0
         free_bytes = budget_bytes - self.base_bytes
-        if self.links:
-            return (
-                Chain(self.links, free_bytes, self.units, bound=True).solve() if free_bytes > 0 else math.inf
-            )
-        bound_s = self.program.bound_s(free_bytes)
-        return math.inf if bound_s is None else bound_s
+        bounds = [math.inf]
+        if self.links and free_bytes > 0:
+            bounds.append(Chain(self.links, free_bytes, self.units, bound=True).solve())
+        if self.has_program:
+            bound_s = self.program.bound_s(free_bytes)
+            bounds.append(math.inf if bound_s is None else bound_s)
+        return min(bounds)
+
+    @property
+    def has_program(self) -> bool:
+        """Whether the whole graph is also planned as one program. See Note [Two planners] 1."""
+        return not self.links or self.graph.forward_ops <= _SMALL_OPS
 
     def solve(self, budget_bytes: int, bound_s: float) -> Dropped | None:
         """The fastest choice found that fits, None if none was."""
         if self.plain_bytes <= budget_bytes:
             return _NOTHING
         search = _Search(self, budget_bytes, bound_s)
-        return search.through_chain() if self.links else search.through_program()
+        if self.links:
+            search.through_chain()
+        if self.has_program and search.best_s > search.enough_s:
+            search.through_program()
+        return search.best
 
     def least(self) -> list[Dropped]:
         """Choices of which one peaks lowest, as far as is known."""
-        if self.links:
-            return [_NOTHING, *self._least_of_chain()]
-        return [_NOTHING, _single(self.program.least()), _single(self.program.closure(set()))]
+        found = [_NOTHING, *self._least_of_chain()]
+        if self.has_program:
+            found += [_single(self.program.least()), _single(self.program.closure(set()))]
+        return found
 
     def _least_of_chain(self) -> list[Dropped]:
         """What the chain finds in the least memory it can do with, looked for ever more finely."""
         memory_bytes = self.plain_bytes - self.base_bytes
         found: list[Dropped] = []
-        for _ in range(3):
+        for _ in range(3 if self.links else 0):
             chain = Chain(self.links, memory_bytes, self.units)
             least_bytes = chain.least_bytes()
             if least_bytes is None:
@@ -182,7 +195,7 @@ class _Search:
             self.best, self.best_s = dropped, cost_s
         return Verdict(left_bytes, top.op < self.candidate.graph.forward_ops and not top.is_replay)
 
-    def through_chain(self) -> Dropped | None:
+    def through_chain(self) -> None:
         """Asks the chain again and again, for what the last answer left over or lacked."""
         links, units = self.candidate.links, self.candidate.units
         target_bytes, forward_bytes, before = self.free_bytes, 0, None
@@ -205,9 +218,8 @@ class _Search:
                 forward_bytes -= change_bytes
             else:
                 target_bytes += change_bytes
-        return self.best
 
-    def through_program(self) -> Dropped | None:
+    def through_program(self) -> None:
         """Rounds the relaxation, then solves the program, with less memory where the answer overshoots."""
         program, target_bytes = self.candidate.program, self.free_bytes
         gap = min(0.5, max(5e-3, (self.enough_s - self.bound_s) / max(self.bound_s, 1e-12)))
@@ -228,7 +240,6 @@ class _Search:
         if self.best is None:  # all proposals overshot; what should peak lowest may fit all the same
             for dropped in (program.least(), program.closure(set())):
                 self.judge(_single(dropped))
-        return self.best
 
     def round(self, wishes: list[int]) -> None:
         """As many of the relaxation's wishes granted as really fit."""
