@@ -29,7 +29,8 @@ from memfit.runtime.count import shifted_labels
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.opinfo import op_info, tensors_in
 
-LAYERS, ROWS, TOKENS, WIDTH, VOCABULARY = 12, 8, 128, 256, 512
+ROWS, TOKENS, WIDTH, VOCABULARY = 8, 128, 256, 512
+MODELS = (("gpt2", 12), ("llama", 12), ("gpt2", 32))
 Signature = tuple[Any, ...]
 
 
@@ -200,4 +201,5 @@ def plan_row(model: nn.Module, batch: Any, profile: Profile, activation_bytes: i
 
 
 if __name__ == "__main__":
-    publish(__doc__, lambda: [row for make in (gpt2, llama) for row in compare(make, LAYERS)])
+    made = {"gpt2": gpt2, "llama": llama}
+    publish(__doc__, lambda: [row for name, layers in MODELS for row in compare(made[name], layers)])

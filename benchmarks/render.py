@@ -58,6 +58,11 @@ def table() -> str:
         f"{large['profile_s']:.1f} s, {slowest_s:.1f} s, {large['real_memory_gib']:.1f} GiB | {large_file} |",
         f"| the same at half the activations (roofline seconds): extra over the plain step, certified gap | "
         f"{half['extra_over_plain_step']:.1%}, {half['gap_of_step']:.2%} of a step | {large_file} |",
+        f"| the same in parts, least activation bytes over those of checkpointing every block, simulated | "
+        f"{large['least_over_blocks']:.2f} | {large_file} |",
+        f"| Llama 70B, 80 layers: slowest plan, certified gap | "
+        f"{max(row['plan_s'] for row in large['plans_70b']):.1f} s, at most "
+        f"{max(row['gap_of_step'] for row in large['plans_70b']):.2%} of a step | {large_file} |",
         f"| Python cost of an op outside the plan | {overhead['outside the plan']['us_per_op']:.1f} us | "
         f"{overhead_file} |",
     ]
