@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memfit.cli import main
 from memfit.core.frontier import frontier, undominated
-from memfit.core.graph import Profile
+from memfit.core.graph import Profile, Residents
 from memfit.core.plan import find_plan, simulate
 from memfit.errors import InfeasibleBudget
 from strategies import chains, profiles
@@ -61,6 +61,14 @@ def test_no_plan_of_a_frontier_is_beaten_by_another(profile: Profile) -> None:
 def test_a_frontier_needs_two_ends() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         frontier(Profile(1, (), None, 0, 0.0), plans=1)  # type: ignore[arg-type]
+
+
+def test_a_profile_without_a_step_is_refused() -> None:
+    empty = Profile(1, (), Residents(0, 0, 0, 0), 0, 0.0)
+    with pytest.raises(ValueError, match=r"no recorded step.*profile again"):
+        frontier(empty)
+    with pytest.raises(ValueError, match=r"no recorded step.*profile again"):
+        find_plan(empty, memory=1)
 
 
 def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:

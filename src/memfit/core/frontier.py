@@ -22,7 +22,7 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
         plans: How many budgets to plan for, at least 2, at equal ratios of the memory above the residents.
 
     Raises:
-        ValueError: ``plans`` is below 2, or the profile has no such micro-batch.
+        ValueError: ``plans`` is below 2, or the profile has no step, or no such micro-batch.
     """
     if plans < 2:
         raise ValueError(f"a frontier of {plans} plans has no two ends: ask for at least 2")

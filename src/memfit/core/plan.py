@@ -135,6 +135,8 @@ class Planner:
     """The plans of one profile; what is worked out for one budget serves the next. See Note [Search]."""
 
     def __init__(self, profile: Profile, micro_batch_size: int | None = None) -> None:
+        if not any(graph.ops for graph in profile.graphs):
+            raise ValueError("the profile holds no recorded step, so there is nothing to plan; profile again")
         graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
         choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
         self._profile = profile
