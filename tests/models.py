@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memfit.core.batching import parts_for
+from memfit.core.devices import Roofline
 from memfit.core.graph import Level, Profile, Residents, StepGraph, ValueKey
 from memfit.core.plan import find_plan
 from memfit.core.timeline import droppable
@@ -28,7 +29,7 @@ from memfit.errors import InfeasibleBudget
 from memfit.runtime import count, replay
 from memfit.runtime.batch import split
 from memfit.runtime.meter import PeakMeter, resident_bytes
-from memfit.runtime.probe import Roofline, RooflineProbe
+from memfit.runtime.probe import RooflineProbe
 from memfit.runtime.record import record
 from memfit.runtime.replay import Replayer, decisions_of
 

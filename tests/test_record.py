@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import memfit
 from memfit.core.costs import measured, with_costs
+from memfit.core.devices import Roofline
 from memfit.core.graph import LogKind, Profile, StepGraph
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
 from memfit.runtime.fake import Faker, faked
 from memfit.runtime.meter import PeakMeter
-from memfit.runtime.probe import Probe, Roofline, RooflineProbe, probe_for
+from memfit.runtime.probe import Probe, RooflineProbe, probe_for
 from memfit.runtime.record import record
 from models import (
     CASES,

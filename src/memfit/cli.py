@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 import memfit
+from memfit.core.devices import DEVICES
 from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
 from memfit.report.terminal import TerminalWatcher, frontier_table, plan_table, plan_verdict, result_table
 from memfit.units import parse_memory
@@ -33,6 +34,8 @@ EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4
 EXIT_BAD_INPUT = 5
 EXIT_INTERRUPTED = 130
+
+_DEFAULT_SHARE = "90%"  # of a card: the rest is for CUDA itself and for what its allocator cannot use
 
 app = typer.Typer(
     name="memfit",
@@ -60,6 +63,12 @@ MicroBatchSize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights, data and dropout.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda, if TARGET takes a device.")]
+PlannedDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help=f"What to plan for: {', '.join(DEVICES)}; or cpu or cuda, if TARGET takes a device."
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -144,18 +153,21 @@ def plan(
     batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = None,
     seed: Seed = 0,
-    device: Device = None,
+    device: PlannedDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the plan for TARGET within --memory; no memory is allocated for the model."""
-    if memory is None:
+    """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
+    card = DEVICES.get((device or "").lower())
+    if memory is None and card is None:
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
-    _check_memory(memory)
+    memory_bytes = parse_memory(
+        memory or _DEFAULT_SHARE, total_bytes=None if card is None else card.memory_bytes
+    )
     with _interruptible():
         from memfit.api import find_plan
 
         recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
-        found = find_plan(recorded, memory=memory, micro_batch_size=micro_batch_size)
+        found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
     if as_json:
         print(found.to_json())
         return
@@ -171,7 +183,7 @@ def frontier(
     micro_batch_size: MicroBatchSize = None,
     plans: Annotated[int, typer.Option(help="How many budgets to plan for.", min=2)] = 12,
     seed: Seed = 0,
-    device: Device = None,
+    device: PlannedDevice = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what each amount of memory buys for TARGET: the plans that no other one beats."""
@@ -223,11 +235,13 @@ def _recorded(
 
     console = Console(stderr=True)
     console.print(f"recording one step of {target} on fake tensors", style="dim")
+    card = DEVICES.get((device or "").lower())
     with fake_tensors():
-        workload = load_target(target, batch_size=batch_size, seed=seed, device=device)
+        place = device if card is None else None
+        workload = load_target(target, batch_size=batch_size, seed=seed, device=place)
         workload.model.train()
         batch = next(workload.batches_from(0))
-        recorded = profile(workload.model, workload.loss_fn, batch, optimizer=workload.optimizer)
+        recorded = profile(workload.model, workload.loss_fn, batch, optimizer=workload.optimizer, device=card)
     if micro_batch_size is None and any(graph.coupled for graph in recorded.graphs):
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from memfit.core.devices import Roofline
 from memfit.runtime.meter import quiet_kineto
 from memfit.runtime.opinfo import tensors_in
 
@@ -44,19 +44,6 @@ class Probe(Protocol):
         """One entry a call; valid after exit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Roofline:
-    """A device as three numbers. The default is a large accelerator in reduced precision."""
-
-    flops_per_s: float = 4e14
-    bytes_per_s: float = 2e12
-    launch_s: float = 4e-6
-
-    def seconds(self, flops: float, moved_bytes: float) -> float:
-        """Time of one op on this device."""
-        return self.launch_s + max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
-
-
 class RooflineProbe:
     """For fake tensors: seconds from operations and bytes."""
 
@@ -78,7 +65,8 @@ class RooflineProbe:
         moved = sum(t.numel() * t.element_size() for tree in (args, out) for t in tensors_in(tree))
         formula = flop_registry.get(func.overloadpacket)
         flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
-        self._costs.append(OpCost(self._device.seconds(flops, moved), None))
+        is_float32 = next((t.dtype == torch.float32 for t in tensors_in(out)), False)
+        self._costs.append(OpCost(self._device.seconds(flops, moved, is_float32=is_float32), None))
         return out
 
     def costs(self) -> list[OpCost]:

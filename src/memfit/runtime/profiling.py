@@ -21,6 +21,7 @@ from torch import nn
 
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
+from memfit.core.devices import Device, device_named
 from memfit.core.graph import Profile, StepGraph
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import rows_of, tensors_of
@@ -31,7 +32,7 @@ from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import LossFn
 from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
-from memfit.runtime.probe import Roofline
+from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
 
 _log = logging.getLogger("memfit")
@@ -50,7 +51,7 @@ def profile(
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
     limit_bytes: int | None = None,
-    device: Roofline | None = None,
+    device: str | Device | None = None,
 ) -> Profile:
     """What one step of the effective batch does, at every micro-batch size worth considering.
 
@@ -61,14 +62,17 @@ def profile(
         optimizer: Counts its state and its step into the peak.
         micro_batch_size: Only this size.
         limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
-        device: Speeds for a model without data; default a large accelerator.
+        device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
+            allocator rounds them. Default: the speeds of a large accelerator.
 
     Raises:
-        ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable.
+        ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable, or no
+            device is called so.
         InexactAccumulation: The rows of the batch do not agree.
         UnsupportedModel: Parameters on several devices.
     """
     place = check_model(model)
+    card = device_named(device) if isinstance(device, str) else device
     rows = rows_of(batch)
     job = Job(model, loss_fn, batch, optimizer)
     counts = _counts(rows, micro_batch_size)
@@ -77,7 +81,7 @@ def profile(
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
-        recordings, residents, update, by_fakes = record_sizes(job, rows, counts, device)
+        recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
         points = None
         if real:
             with contents_of(model):
@@ -85,10 +89,7 @@ def profile(
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
-    graphs = [recording.graph for recording in recordings]
-    if points is not None:
-        graphs = [with_costs(graph, *points) for graph in graphs]
-        graphs = graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
+    graphs = _priced(recordings, points, by_fakes)
     return Profile(
         rows=rows,
         graphs=tuple(graphs),
@@ -96,11 +97,34 @@ def profile(
         update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
         update_s=update.seconds,
         fixed_s=_fixed_s(graphs[0], points),
-        alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
+        alignment_bytes=_alignment_bytes(place, None if real else card),
         replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
-        source="roofline" if points is None else f"measured at {points[0].rows} and {points[1].rows} rows",
+        source=_source(points, card),
     )
+
+
+def _priced(
+    recordings: list[Recording], points: tuple[Measured, Measured] | None, by_fakes: bool
+) -> list[StepGraph]:
+    """The recorded graphs with what was measured; a scaled one also with the bytes its ops really made."""
+    graphs = [recording.graph for recording in recordings]
+    if points is None:
+        return graphs
+    graphs = [with_costs(graph, *points) for graph in graphs]
+    return graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
+
+
+def _alignment_bytes(place: torch.device, card: Device | None) -> int:
+    """What an allocator rounds blocks up to: that of the device the step runs on, or is planned for."""
+    return _CUDA_BLOCK_BYTES if place.type == "cuda" or card is not None else 1
+
+
+def _source(points: tuple[Measured, Measured] | None, card: Device | None) -> str:
+    """Where the seconds come from."""
+    if points is not None:
+        return f"measured at {points[0].rows} and {points[1].rows} rows"
+    return "roofline" if card is None else f"roofline of {card.name}"
 
 
 def _opaque(
@@ -129,7 +153,7 @@ def _opaque(
         residents=residents,
         update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
         update_s=update.seconds,
-        alignment_bytes=_CUDA_BLOCK_BYTES if place.type == "cuda" else 1,
+        alignment_bytes=_alignment_bytes(place, None),
         unexplained_bytes=_unexplained_bytes(job, place),
         source=f"{part} is compiled and opaque; measured at few rows",
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from memfit.core.batching import balanced_parts
 from memfit.core.costs import Measured, forward_bytes, scaled
+from memfit.core.devices import Device, Roofline
 from memfit.core.graph import Residents
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import MemfitError, UnsupportedModel
@@ -21,7 +22,7 @@ from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, optimizer_state, prepare_gradients, record_part
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.preserve import contents_of
-from memfit.runtime.probe import Roofline, RooflineProbe, probe_for
+from memfit.runtime.probe import RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
 
 _log = logging.getLogger("memfit")
@@ -39,12 +40,13 @@ class Update(NamedTuple):
 
 
 def record_sizes(
-    job: Job, rows: int, counts: tuple[int, ...], device: Roofline | None
+    job: Job, rows: int, counts: tuple[int, ...], card: Device | None
 ) -> tuple[list[Recording], Residents, Update, bool]:
     """Every size on fake tensors (then the last is true), or really at few rows where fakes do not do."""
     try:
         with _quiet_fakes():
-            return *_record_fakes(job, rows, counts, device or Roofline()), True
+            roofline = Roofline() if card is None else card.roofline
+            return *_record_fakes(job, rows, counts, roofline), True
     except _USERS_FAULTS:
         raise
     except Exception as error:
