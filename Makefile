@@ -33,9 +33,9 @@ check: $(STAMP)  ## Format, lint and types
 	.venv/bin/ruff check .
 	.venv/bin/mypy --strict
 
-# Two threads: the numbers in the tests do not depend on it, the time does.
+# A process for each core, each with one thread: the numbers in the tests do not depend on it, the time does.
 test: check  ## The checks, then every test that needs no GPU
-	OMP_NUM_THREADS=2 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promised against measured memory
 	$(PY) -m pytest -m cuda

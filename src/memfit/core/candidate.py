@@ -28,7 +28,7 @@ Dropped = Mapping[int, Level]
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
 _ATTEMPTS = 6
-_SMALL_OPS = 150  # of the forward
+_SMALL_OPS = 64  # of the forward
 _NOTHING: Dropped = {}
 
 
