@@ -2,8 +2,8 @@
 
 Note [Two planners]
  1. A model made of several blocks in a row is planned as a chain (``core/chain.py``): quick at any depth,
-    and it can recompute in levels. Any other graph is one program (``core/milp.py``), and so is a small
-    one too: that takes no time, and it may drop what a chain takes for an entry.
+    and it can recompute in levels. Any other graph is one program (``core/milp.py``). A chain of which
+    most segments are unlike is both: the program may drop what a chain keeps, long skips above all.
  2. Either makes proposals, and ``core/timeline.py`` judges them. What overshoots is asked for again with
     as much less memory, what leaves some over with as much more.
  3. Each bounds from below what a plan of its kind recomputes.
@@ -27,8 +27,7 @@ Dropped = Mapping[int, Level]
 
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
-_ATTEMPTS = 6
-_SMALL_OPS = 64  # of the forward
+_ATTEMPTS = 8
 _NOTHING: Dropped = {}
 
 
@@ -119,7 +118,8 @@ class Candidate:
     @property
     def has_program(self) -> bool:
         """Whether the whole graph is also planned as one program. See Note [Two planners] 1."""
-        return not self.links or self.graph.forward_ops <= _SMALL_OPS
+        classes = {link.segment.class_key for link in self.links}
+        return 2 * len(classes) >= len(self.links)
 
     def solve(self, budget_bytes: int, bound_s: float) -> Dropped | None:
         """The fastest choice found that fits, None if none was."""
@@ -196,28 +196,34 @@ class _Search:
         return Verdict(left_bytes, top.op < self.candidate.graph.forward_ops and not top.is_replay)
 
     def through_chain(self) -> None:
-        """Asks the chain again and again, for what the last answer left over or lacked."""
+        """Asks the chain for ever less memory until the answer fits, then halves what lies between.
+
+        What overshoots in the forward alone is asked for again with more for the forward.
+        """
         links, units = self.candidate.links, self.candidate.units
-        target_bytes, forward_bytes, before = self.free_bytes, 0, None
-        step_bytes = self.free_bytes // (units // 2)
+        step_bytes = self.free_bytes // (units // 2) + 1
+        less_bytes, in_forward = 0, True
+        fits_bytes = over_bytes = None  # how much less the answers that fit, and do not, were asked for
         for _ in range(_ATTEMPTS):
-            chain = Chain(links, target_bytes, units, forward_bytes=forward_bytes)
-            if math.isinf(chain.solve()):
-                break
-            dropped = levels_of(links, chain.ways())
-            left_bytes, in_forward = self.judge(dropped)
-            if (
-                self.best_s <= self.enough_s
-                or 0 <= left_bytes < step_bytes
-                or (left_bytes >= 0 and dropped == before)
-            ):
-                break
-            before = dropped
-            change_bytes = min(left_bytes, -step_bytes) if left_bytes < 0 else left_bytes // 2
-            if in_forward:
-                forward_bytes -= change_bytes
+            target_bytes = self.free_bytes if in_forward and less_bytes > 0 else self.free_bytes - less_bytes
+            chain = Chain(links, target_bytes, units, forward_bytes=max(0, less_bytes))
+            verdict = None if math.isinf(chain.solve()) else self.judge(levels_of(links, chain.ways()))
+            if verdict is None or verdict.left_bytes >= 0:
+                fits_bytes = less_bytes
+                left_bytes = 0 if verdict is None else verdict.left_bytes
             else:
-                target_bytes += change_bytes
+                over_bytes, left_bytes = less_bytes, verdict.left_bytes
+                in_forward = in_forward and verdict.in_forward
+            if self.best_s <= self.enough_s or (verdict is not None and 0 <= left_bytes < step_bytes):
+                break
+            if fits_bytes is None:
+                less_bytes = max(less_bytes - left_bytes, 2 * less_bytes, step_bytes)
+            elif over_bytes is None:
+                less_bytes -= max(left_bytes, step_bytes)
+            elif abs(fits_bytes - over_bytes) <= step_bytes:
+                break
+            else:
+                less_bytes = (fits_bytes + over_bytes) // 2
 
     def through_program(self) -> None:
         """Rounds the relaxation, then solves the program, with less memory where the answer overshoots."""

@@ -4,8 +4,9 @@ Note [Segments]
  1. A *cut* lies between two forward ops where one value, the *entry* of the next segment, crosses. Candidates
     are where the numbered module changes (``layers.3`` to ``layers.4``, or the next call of a shared one).
  2. A value that crosses three cuts or more (a mask, rotary tables, a long skip) is *shared*: always kept.
- 3. A save belongs to the segment in which it was packed; one packed between two segments to the later.
-    The backward of a segment begins where the first of its saves is unpacked. If the backwards of two
+ 3. A save belongs to the segment in which it was packed; one packed between two segments to the later, unless
+    it is of a value that the op before made and nothing reads after (the mean of a LayerNorm). The
+    backward of a segment begins where the first of its saves is unpacked. If the backwards of two
     segments mix, the cut between them goes.
  4. A segment's graph begins with an op that makes its entry, and its backward with one that makes the
     gradients on their way. So what a choice inside it keeps, and its own peak, are a simulation of that
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
-from memfit.core.timeline import Run, run
+from memfit.core.timeline import Run, droppable, run
 
 _SHARED_CUTS = 3  # a value crossing this many is no entry
 _FEW_OPS = 4  # a segment of fewer joins its neighbour
@@ -62,8 +63,11 @@ def read_segments(graph: StepGraph, *, alignment_bytes: int) -> tuple[Segment, .
     """
     if not graph.saves or any(kind == LogKind.UNPACK for kind, _ in _forward_log(graph)):
         return ()
-    cuts = _cuts(graph)
-    cuts = _unmixed(graph, cuts)
+    cuts: list[int] = []
+    found = _cuts(graph)
+    while cuts != found:  # without one cut a value may cross too few to be shared, and forbid another
+        cuts = found
+        found = _narrow(_spans(graph), _unmixed(graph, cuts))
     if len(cuts) + 1 < _FEWEST:
         return ()
     return _with_extras(graph, _Cutter(graph, cuts).segments(), alignment_bytes)
@@ -170,12 +174,14 @@ def _backward_ranges(graph: StepGraph, cuts: list[int]) -> tuple[dict[int, int],
 def _save_homes(graph: StepGraph, cuts: list[int]) -> list[int]:
     """The segment of each save."""
     homes = [0] * len(graph.saves)
-    segment = 0
+    spans, before, segment = _spans(graph), -1, 0
     for kind, item in graph.log:
         if kind == LogKind.OP:
-            segment = bisect.bisect_right(cuts, item + 1)
+            before, segment = item, bisect.bisect_right(cuts, item + 1)
         elif kind == LogKind.PACK:
-            homes[item] = segment
+            value = graph.saves[item].value
+            is_last = graph.values[value].producer == before and value not in spans
+            homes[item] = bisect.bisect_right(cuts, before) if is_last else segment
     return homes
 
 
@@ -201,6 +207,7 @@ class _Cutter:
             elif kind == LogKind.FREE:
                 self.freed_at[item] = position
         self.spans = _spans(graph)
+        self.droppable = droppable(graph)
         self.backward_start = (
             self.op_positions[graph.forward_ops] if graph.forward_ops < len(graph.ops) else len(graph.log)
         )
@@ -223,7 +230,7 @@ class _Cutter:
         """Log positions of a segment's forward and backward."""
         last = len(self.bounds) - 2
         start = self.op_positions[self.bounds[index] - 1] + 1 if index else 0
-        end = self.op_positions[self.bounds[index + 1] - 1] + 1 if index < last else self.backward_start
+        end = self.op_positions[self.bounds[index + 1]] if index < last else self.backward_start
         backward = self.first_unpack[index] if index < last else self.backward_start
         backward_end = self.first_unpack[index - 1] if index else len(self.graph.log)
         return range(start, end), range(backward, backward_end)
@@ -231,7 +238,7 @@ class _Cutter:
     def _segment(self, index: int) -> Segment:
         """The graph of one segment."""
         forward, backward = self._stretches(index)
-        writer = _Writer(self.graph, self._entry(index) if index else -1)
+        writer = _Writer(self.graph, self._entry(index) if index else -1, self.droppable)
         for position in forward:
             kind, item = self.graph.log[position]
             if kind == LogKind.OP:
@@ -265,8 +272,9 @@ class _Cutter:
 class _Writer:
     """A step graph under construction, with numbers of its own."""
 
-    def __init__(self, graph: StepGraph, entry: int) -> None:
+    def __init__(self, graph: StepGraph, entry: int, droppable: frozenset[int]) -> None:
         self.graph = graph
+        self.droppable = droppable
         self.ops: list[Op] = []
         self.storage_numbers: dict[int, int] = {}
         self.storages: list[Storage] = []
@@ -317,7 +325,7 @@ class _Writer:
                 overwrites=tuple(self.value_numbers[v] for v in op.overwrites if v in self.value_numbers),
                 outputs=tuple(self._value(v) for v in known),
                 allocates=allocates,
-                is_replayable=op.is_replayable and whole,
+                is_replayable=op.is_replayable and whole and self.droppable.issuperset(op.outputs),
             )
         )
 

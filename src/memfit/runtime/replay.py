@@ -433,6 +433,17 @@ class _Raw:
         self.tensor = tensor
 
 
+def _run_next(record: Record, passing: Counter[Handle]) -> None:
+    """Runs a record, then lets go of what was made in passing and has been read for the last time."""
+    used = [handle for handle in {*record.handles()} if handle in passing] if passing else []
+    record.run(passing)
+    for argument in used:
+        passing[argument] -= 1
+    for made in [*used, *(h for _, h in record.live_outputs() if h in passing)] if passing else []:
+        if not passing[made]:
+            made.tensor = None
+
+
 def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ()) -> Decisions:
     """A plan's values to recompute, arranged for the hot path."""
     found: dict[str, dict[OpOverload, dict[int, dict[int, Level]]]] = {}
@@ -511,9 +522,10 @@ def _generator_state(device: torch.device) -> tuple[torch.device, Tensor]:
 
 @contextmanager
 def _generator_at(record: Record, *, keep: bool) -> Iterator[None]:
-    """Runs the body at a record's generator state, which it uses up unless told not to; puts the stream back.
+    """Runs the body at a record's generator state and puts the stream back.
 
-    The present state is kept outside of tensors, so that two states are never in memory at once.
+    The state is used up unless the record stays, or the body raises: a replay may be tried again. The
+    present one is kept outside of tensors, so that two states are never in memory at once.
     """
     if record.seed is None:
         yield
@@ -521,11 +533,11 @@ def _generator_at(record: Record, *, keep: bool) -> Iterator[None]:
     device, state = record.seed
     now = _generator_of(device).clone_state()
     _set_generator(device, state)
-    if not keep:
-        record.seed = None
-    del state
     try:
         yield
+        if not keep:
+            record.seed = None
+        del state
     finally:
         _set_generator(device, now.get_state())
 
