@@ -20,11 +20,11 @@ from memfit.core.candidate import Candidate
 from memfit.core.chain import Chain, Link, Way
 from memfit.core.graph import Level, OpKey, Profile
 from memfit.core.links import Choices, levels_of, read_links
-from memfit.core.plan import find_plan
+from memfit.core.plan import Planner, find_plan, simulate
 from memfit.core.segments import kept_after_forward, read_segments
 from memfit.core.timeline import run
 from memfit.errors import InfeasibleBudget
-from models import ZooCase, judge
+from models import ZooCase, judge, profile_of, recorded
 from reference import step_peak_bytes
 from strategies import chains
 
@@ -188,6 +188,17 @@ def test_solving_alike_segments_once_gives_what_solving_all_gives(profile: Profi
     assert found[0] == found[1]
 
 
+def test_a_plan_found_for_less_memory_is_never_faster_than_one_for_more() -> None:
+    torch.manual_seed(3)
+    profile = profile_of(recorded(deep().train(), own_loss, tokens(ROWS)))
+    planner = Planner(profile)
+    low, high = planner.lowest().predicted_peak_bytes, find_plan(profile, memory=1 << 40).predicted_peak_bytes
+    plans = [find_plan(profile, memory=low + (high - low) * i // 30) for i in range(31)]
+    for less, more in itertools.pairwise(plans):
+        assert more.predicted_step_s <= less.predicted_step_s * (1 + 1e-9)
+        assert more.predicted_peak_bytes >= less.predicted_peak_bytes
+
+
 # ---- real models -------------------------------------------------------------------------------------------
 
 
@@ -211,6 +222,75 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The model's own loss."""
     loss: Tensor = model(**batch).loss
     return loss
+
+
+class Padded(nn.Module):
+    """Writes into memory that cannot be made again, and reads it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        padded = h.new_zeros(h.shape[0] + 1, h.shape[1])
+        padded[1:] = h
+        out: Tensor = x + self.narrow(nn.functional.gelu(self.wide(padded[:-1])))
+        return out
+
+
+def square_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean square of what comes out."""
+    loss: Tensor = model(batch).square().mean()
+    return loss
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+def test_a_plan_names_nothing_that_cannot_be_replayed(share: float) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(*(Padded() for _ in range(8)))
+    profile = profile_of(recorded(model, square_loss, torch.randn(64, 16)))
+    assert len(read_links(profile.graphs[0], Choices(1, 0.0))) >= 8
+    low = Planner(profile).lowest().predicted_peak_bytes
+    high = find_plan(profile, memory=1 << 40).predicted_peak_bytes
+    plan = find_plan(profile, memory=int(low + share * (high - low)))
+    assert simulate(profile, plan).peak_bytes == plan.predicted_peak_bytes
+
+
+def test_blocks_that_normalise_last_are_a_chain_too() -> None:
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(6)]
+    graph = recorded(nn.Sequential(*layers).train(), square_loss, torch.randn(2, 8, 16))
+    assert len(read_segments(graph, alignment_bytes=1)) == 6
+
+
+class Parent(nn.Module):
+    """Adds what numbered modules compute in the frame of their parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"a": nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), "b": nn.Tanh()}
+            )
+            for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
+            x = x + layer["b"](layer["a"](x))
+        return x
+
+
+def test_a_residual_stream_is_no_shared_value() -> None:
+    graph = recorded(Parent(), square_loss, torch.randn(8, 16))
+    segments = read_segments(graph, alignment_bytes=1)
+    assert len(segments) >= 3
+    cuts = list(itertools.accumulate(s.graph.forward_ops - 1 for s in segments))[:-1]
+    forward = graph.ops[: graph.forward_ops]
+    for cut, segment in zip(cuts, segments[1:], strict=True):
+        read_later = {v for op in forward[cut:] for v in op.inputs}
+        assert [v for v in read_later if graph.values[v].producer < cut] == [segment.values[0]]
 
 
 DEEP = ZooCase("deep", deep, tokens, own_loss, None, ROWS)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memfit
+from memfit.core.graph import Level
 from memfit.core.timeline import droppable
 from memfit.runtime import opinfo, replay
 from memfit.runtime.replay import Replayer, decisions_of
@@ -86,6 +87,41 @@ def test_any_levels_give_the_plain_step_to_the_bit(name: str) -> None:
     for levels in levels_of(graph):
         plan = [graph.value_key(value) for value in levels]
         assert_same(plain, step_outcome(model, case.loss, batch, plan, list(levels.values())))
+
+
+@pytest.mark.parametrize("in_levels", [False, True])
+def test_a_replay_that_failed_can_be_tried_again(in_levels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["dropout_everywhere"]
+    model, batch = case.model(), case.batch()
+    graph = recorded(model, case.loss, batch)
+    plain = step_outcome(model, case.loss, batch)
+    levels = next(levels_of(graph)) if in_levels else dict.fromkeys(droppable(graph), Level())
+    twin = copy.deepcopy(model)
+    torch.manual_seed(11)
+    with Replayer(twin, decisions_of([graph.value_key(v) for v in levels], list(levels.values()))):
+        loss = case.loss(twin, batch)
+    run = replay.Record.run
+    failures: list[Any] = []
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("no more")
+
+    def failing(self: replay.Record, passing: Counter[replay.Handle]) -> None:
+        func = self.func
+        if self.seed is not None and not failures:
+            failures.append(func)
+            self.func = out_of_memory  # type: ignore[assignment]
+        try:
+            run(self, passing)
+        finally:
+            self.func = func
+
+    monkeypatch.setattr(replay.Record, "run", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True, allow_unused=True)
+    loss.backward()
+    assert failures
+    assert_same(plain, outcome_of(twin, loss))
 
 
 @pytest.mark.parametrize("name", ["mixture_of_experts", "skipped_layers", "in_place_chain", "attention"])

@@ -28,6 +28,7 @@ Dropped = Mapping[int, Level]
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
 _ATTEMPTS = 8
+_MOST_OPS = 300  # of the forward of a chain that is a program too: beyond, that takes too long
 _NOTHING: Dropped = {}
 
 
@@ -119,7 +120,7 @@ class Candidate:
     def has_program(self) -> bool:
         """Whether the whole graph is also planned as one program. See Note [Two planners] 1."""
         classes = {link.segment.class_key for link in self.links}
-        return 2 * len(classes) >= len(self.links)
+        return not self.links or (2 * len(classes) >= len(self.links) and self.graph.forward_ops <= _MOST_OPS)
 
     def solve(self, budget_bytes: int, bound_s: float) -> Dropped | None:
         """The fastest choice found that fits, None if none was."""
@@ -214,7 +215,8 @@ class _Search:
             else:
                 over_bytes, left_bytes = less_bytes, verdict.left_bytes
                 in_forward = in_forward and verdict.in_forward
-            if self.best_s <= self.enough_s or (verdict is not None and 0 <= left_bytes < step_bytes):
+            is_full = verdict is not None and 0 <= left_bytes < step_bytes and not (in_forward and less_bytes)
+            if self.best_s <= self.enough_s or is_full:
                 break
             if fits_bytes is None:
                 less_bytes = max(less_bytes - left_bytes, 2 * less_bytes, step_bytes)

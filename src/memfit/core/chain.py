@@ -86,7 +86,7 @@ class Chain:
 
     Args:
         units: How many parts the memory is counted in.
-        forward_bytes: What the forward holds beyond what the segments know of.
+        forward_bytes: What the forward holds in the end beyond what the segments know of; it grows evenly.
         bound: Round sizes down, so that no way through the chain is faster than :meth:`solve` says.
 
     Cost: about ``links**2 * units`` times the number of choices and of links.
@@ -106,17 +106,17 @@ class Chain:
         self._unit_bytes = max(1.0, memory_bytes / units)
         self._forward_bytes = forward_bytes
         self._round: Callable[[float], int] = math.floor if bound else round
-        self._tables = [self._table(link) for link in links]
+        self._tables = [self._table(link, i / max(1, len(links) - 1)) for i, link in enumerate(links)]
         self._again: dict[tuple[int, int], FloatArray] = {}
         self._first: dict[int, FloatArray] = {}
 
-    def _table(self, link: Link) -> _Table:
-        """The sizes of a link in units."""
+    def _table(self, link: Link, passed: float) -> _Table:
+        """The sizes of a link in units; ``passed`` is how much of the chain the forward has behind it."""
         s = link.segment
         peaks = [
             max(
                 c.peak_bytes + s.backward_extra_bytes,
-                c.forward_peak_bytes + s.forward_extra_bytes + self._forward_bytes,
+                c.forward_peak_bytes + s.forward_extra_bytes + int(self._forward_bytes * passed),
             )
             for c in link.choices
         ]
