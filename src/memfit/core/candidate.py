@@ -2,8 +2,9 @@
 
 Note [Two planners]
  1. A model made of several blocks in a row is planned as a chain (``core/chain.py``): quick at any depth,
-    and it can recompute in levels. Any other graph is one program (``core/milp.py``). A chain of which
-    most segments are unlike is both: the program may drop what a chain keeps, long skips above all.
+    and it can recompute in levels. Any other graph is one program (``core/milp.py``). A chain that is
+    small, or of which most segments are unlike or short, is both: the program may drop what a chain
+    keeps, entries and long skips.
  2. Either makes proposals, and ``core/timeline.py`` judges them. What overshoots is asked for again with
     as much less memory, what leaves some over with as much more.
  3. Each bounds from below what a plan of its kind recomputes.
@@ -28,7 +29,9 @@ Dropped = Mapping[int, Level]
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
 _ATTEMPTS = 8
-_MOST_OPS = 300  # of the forward of a chain that is a program too: beyond, that takes too long
+_FEW_OPS = 150  # of a forward: a program of so few takes no time
+_MOST_OPS = 300  # beyond, it takes too long
+_SHORT_OPS = 8  # a chain of shorter segments keeps too many entries
 _NOTHING: Dropped = {}
 
 
@@ -119,8 +122,10 @@ class Candidate:
     @property
     def has_program(self) -> bool:
         """Whether the whole graph is also planned as one program. See Note [Two planners] 1."""
-        classes = {link.segment.class_key for link in self.links}
-        return not self.links or (2 * len(classes) >= len(self.links) and self.graph.forward_ops <= _MOST_OPS)
+        ops, segments = self.graph.forward_ops, len(self.links)
+        are_unlike = 2 * len({link.segment.class_key for link in self.links}) >= segments
+        are_short = ops < _SHORT_OPS * segments
+        return not segments or ops <= _FEW_OPS or (ops <= _MOST_OPS and (are_unlike or are_short))
 
     def solve(self, budget_bytes: int, bound_s: float) -> Dropped | None:
         """The fastest choice found that fits, None if none was."""
