@@ -22,6 +22,7 @@ from rich.console import Console
 
 import memfit
 from memfit.core.devices import DEVICES
+from memfit.core.devices import Device as Card
 from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
 from memfit.report.terminal import TerminalWatcher, frontier_table, plan_table, plan_verdict, result_table
 from memfit.units import parse_memory
@@ -157,7 +158,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
-    card = DEVICES.get((device or "").lower())
+    card = _card(device)
     if memory is None and card is None:
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
     memory_bytes = parse_memory(
@@ -235,7 +236,7 @@ def _recorded(
 
     console = Console(stderr=True)
     console.print(f"recording one step of {target} on fake tensors", style="dim")
-    card = DEVICES.get((device or "").lower())
+    card = _card(device)
     with fake_tensors():
         place = device if card is None else None
         workload = load_target(target, batch_size=batch_size, seed=seed, device=place)
@@ -246,6 +247,11 @@ def _recorded(
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")
     return recorded, micro_batch_size
+
+
+def _card(device: str | None) -> Card | None:
+    """The card to plan for; None where --device is for TARGET."""
+    return DEVICES.get((device or "").strip().lower())
 
 
 def _check_memory(memory: str | None) -> None:

@@ -6,7 +6,7 @@ Note [Two planners]
     small, or of which most segments are unlike or short, is both: the program may drop what a chain
     keeps, entries and long skips.
  2. Either makes proposals, and ``core/timeline.py`` judges them. What overshoots is asked for again with
-    as much less memory, what leaves some over with as much more.
+    less memory; between what overshot and what fitted the chain halves.
  3. Each bounds from below what a plan of its kind recomputes.
 """
 

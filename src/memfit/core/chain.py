@@ -37,7 +37,8 @@ class Link:
     """One segment with its choices and what it takes to run it again.
 
     Attributes:
-        again_s: Seconds to run it as far as the entry of the next.
+        path: The values of the segment's graph from which the entry of the next is made, and that entry.
+        again_s: Seconds to make them again.
         everything: The choice that keeps least.
         stuck_bytes: What ``everything`` keeps beside the entry: generator states, results of ops that
             cannot be run again.
@@ -45,6 +46,7 @@ class Link:
 
     segment: Segment
     choices: tuple[Choice, ...]
+    path: frozenset[int]
     again_s: float
     everything: Choice
     stuck_bytes: int

@@ -49,11 +49,13 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
         known = choices.of(segment)
         everything = min(known, key=lambda c: (c.kept_bytes, c.peak_bytes, c.seconds))
         following = segments[index + 1] if index + 1 < len(segments) else None
-        ops = _producers(segment, path_to(segment, following))
+        path = path_to(segment, following)
+        ops = {segment.graph.values[value].producer for value in path}
         links.append(
             Link(
                 segment=segment,
                 choices=known,
+                path=path,
                 again_s=sum(segment.graph.ops[op].seconds + choices.replay_overhead_s for op in ops),
                 everything=everything,
                 stuck_bytes=max(0, everything.kept_bytes - segment.entry_bytes),
@@ -62,11 +64,11 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
     return tuple(links)
 
 
-def path_to(segment: Segment, following: Segment | None) -> set[int]:
+def path_to(segment: Segment, following: Segment | None) -> frozenset[int]:
     """The values of a segment's graph that the entry of the next is made from, and that entry."""
     graph = segment.graph
     if following is None or following.values[0] not in segment.values:
-        return set()
+        return frozenset()
     found: set[int] = set()
     stack = [segment.values.index(following.values[0])]
     while stack:
@@ -75,12 +77,7 @@ def path_to(segment: Segment, following: Segment | None) -> set[int]:
         if value not in found and producer.is_replayable:
             found.add(value)
             stack.extend(producer.inputs)
-    return found
-
-
-def _producers(segment: Segment, values: set[int]) -> set[int]:
-    """The ops that make values."""
-    return {segment.graph.values[value].producer for value in values}
+    return frozenset(found)
 
 
 def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:
@@ -88,11 +85,10 @@ def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:
     found: dict[int, Level] = {}
     for index, (link, way) in enumerate(zip(links, ways, strict=True)):
         segment = link.segment
-        following = links[index + 1].segment if index + 1 < len(links) else None
         dropped = dict.fromkeys(way.choice.dropped, Level(index, index))
         if way.made_for >= 0:
             kept = link.everything.dropped - way.choice.dropped
-            path = path_to(segment, following) - kept - way.choice.dropped
+            path = link.path - kept - way.choice.dropped
             dropped |= dict.fromkeys(path, Level(index, index))
             dropped |= dict.fromkeys(kept, Level(index, way.made_for))
         for value, level in dropped.items():

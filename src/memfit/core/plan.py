@@ -5,8 +5,8 @@ Note [Search]
  2. For each recorded micro-batch size a bound of the seconds from below comes first, so sizes that cannot win
     are never solved.
  3. How one size is solved is for ``core/candidate.py``.
- 4. If nothing fits, the plan of least peak decides: either it fits and is the answer, or its peak is the
-    smallest memory that works. So a refusal is tight.
+ 4. If no plan was found that fits, the plan of least peak decides: either it fits and is the answer, or its
+    peak is the smallest memory that works. So a refusal is tight.
 """
 
 from __future__ import annotations
@@ -125,10 +125,12 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
         InfeasibleBudget: No plan fits; says the smallest memory that works.
         ValueError: ``memory`` or ``micro_batch_size`` cannot be read.
 
-    Cost: about one linear program a candidate size, one mixed integer program for the winners.
+    Cost: for a model of alike blocks, some small programs a kind of block and a recursion a candidate size;
+    for any other, a linear program a candidate size and a mixed integer program for the winners.
     """
+    budget_bytes = parse_memory(memory)
     planner = Planner(profile, micro_batch_size)
-    return planner.fastest(parse_memory(memory)) or planner.least(parse_memory(memory))
+    return planner.fastest(budget_bytes) or planner.least(budget_bytes)
 
 
 class Planner:
@@ -169,7 +171,7 @@ class Planner:
         return self._lowest
 
     def least(self, budget_bytes: int) -> Plan:
-        """The plan of least peak if it fits.
+        """The plan of least peak where it fits.
 
         Raises:
             InfeasibleBudget: It does not; says the smallest memory that works.

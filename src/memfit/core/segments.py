@@ -239,14 +239,7 @@ class _Cutter:
         """The graph of one segment."""
         forward, backward = self._stretches(index)
         writer = _Writer(self.graph, self._entry(index) if index else -1, self.droppable)
-        for position in forward:
-            kind, item = self.graph.log[position]
-            if kind == LogKind.OP:
-                writer.op(item)
-            elif kind == LogKind.FREE:
-                writer.free(item)
-            elif kind == LogKind.PACK and self.homes[item] == index:
-                writer.pack(item)
+        self._copy(writer, index, forward)
         outlives = forward.stop != backward.start  # what later segments read is theirs to count
         for storage in writer.named() if outlives else []:
             if self.freed_at.get(storage, len(self.graph.log)) < self.backward_start:
@@ -257,16 +250,22 @@ class _Cutter:
             if kind == LogKind.FREE and self.backward_start <= self.allocated_at[item] < backward.start
         ]
         writer.arrive(arriving)
-        for position in backward:
+        self._copy(writer, index, backward)
+        writer.release_the_rest()
+        return writer.segment()
+
+    def _copy(self, writer: _Writer, index: int, stretch: range) -> None:
+        """Writes what a stretch of the log says of one segment."""
+        for position in stretch:
             kind, item = self.graph.log[position]
             if kind == LogKind.OP:
                 writer.op(item)
             elif kind == LogKind.FREE:
                 writer.free(item)
-            else:
+            elif kind != LogKind.PACK:
                 writer.log_save(LogKind(kind), item)
-        writer.release_the_rest()
-        return writer.segment()
+            elif self.homes[item] == index:
+                writer.pack(item)
 
 
 class _Writer:
