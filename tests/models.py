@@ -433,7 +433,6 @@ class Invisible(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """exp(x), written by NumPy."""
         out = make(x)
-        out.numpy()[...] += 0
         out.numpy()[...] = x.detach().exp().numpy()
         ctx.save_for_backward(out)
         return out
