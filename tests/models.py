@@ -627,7 +627,7 @@ def closed(graph: StepGraph, values: Iterable[int]) -> set[int]:
 
 def profile_of(graph: StepGraph) -> Profile:
     """A profile that holds one graph and nothing beside it."""
-    return Profile(graph.rows, (graph,), Residents(0, 0, 0, 0), 0, 0.0)
+    return Profile(graph.rows, (graph,), Residents(0, 0, 0, 0))
 
 
 def planned(graph: StepGraph, share: float) -> list[ValueKey]:

@@ -146,10 +146,19 @@ def step_peak_bytes(profile: Profile, graph: StepGraph, dropped: Iterable[int]) 
     """The highest moment of the whole step, residents and optimizer included."""
     always = profile.residents.parameters_bytes + profile.residents.optimizer_bytes
     always += profile.residents.batch_bytes + profile.unexplained_bytes
-    update = always + profile.residents.gradients_bytes + profile.update_temporary_bytes
+    update = always + profile.residents.gradients_bytes
+    later = _flat_bytes(profile.update, profile.alignment_bytes)
+    born = sum(storage.size_bytes for storage in profile.first_update.storages)
+    first = _flat_bytes(profile.first_update, profile.alignment_bytes) - born
     if graph.gradients_resident:
         always += profile.residents.gradients_bytes
-    return max(update, always + peak_bytes(graph, dropped, profile.alignment_bytes))
+    return max(update + later, update + first, always + peak_bytes(graph, dropped, profile.alignment_bytes))
+
+
+def _flat_bytes(update: StepGraph, alignment_bytes: int) -> int:
+    """What an optimizer step of one op (or none) allocates."""
+    born = sum(-(-s.size_bytes // alignment_bytes) * alignment_bytes for s in update.storages)
+    return born + sum(op.temporary_bytes for op in update.ops)
 
 
 def is_valid(graph: StepGraph, dropped: frozenset[int]) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from memfit.core.graph import (
+    NO_UPDATE,
     LogEntry,
     LogKind,
     Op,
@@ -222,6 +223,13 @@ def graphs_and_choices(draw: st.DrawFn, most: int = 8) -> tuple[StepGraph, froze
     return graph, draw(choices(graph))
 
 
+def flat_update(temporary_bytes: int, *, state_bytes: int = 0, seconds: float = 0.0) -> StepGraph:
+    """An ``optimizer.step()`` of one op that makes its state and holds temporaries meanwhile."""
+    op = Op(OpKey("", "step", 0), allocates=(0,), temporary_bytes=temporary_bytes, seconds=seconds)
+    state = Storage(state_bytes, persists=True)
+    return replace(NO_UPDATE, ops=(op,), storages=(state,), log=(LogEntry(LogKind.OP, 0),))
+
+
 @st.composite
 def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = False) -> Profile:
     """A random step at one to three micro-batch sizes: all rows at once, then halves, then quarters."""
@@ -229,12 +237,14 @@ def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = Fal
     count = draw(st.integers(1, sizes))
     steps = [build(drawn, rows=4 >> halvings, resident=halvings > 0) for halvings in range(count)]
     some = st.integers(0, 50)
+    state_bytes = draw(some)
+    update = flat_update(draw(some), seconds=draw(SECONDS))
     return Profile(
         rows=4,
         graphs=tuple(steps),
-        residents=Residents(draw(some), sum(p.gradient_bytes for p in drawn), draw(some), draw(some)),
-        update_temporary_bytes=draw(some),
-        update_s=draw(SECONDS),
+        residents=Residents(draw(some), sum(p.gradient_bytes for p in drawn), state_bytes, draw(some)),
+        first_update=flat_update(draw(some), state_bytes=draw(st.integers(0, state_bytes))),
+        update=draw(st.sampled_from([update, NO_UPDATE])),
         alignment_bytes=draw(st.sampled_from([1, 1, 8])),
         replay_overhead_s=draw(st.sampled_from([0.0, 0.125])),
         unexplained_bytes=draw(rarely(st.integers(1, 9))),
@@ -275,4 +285,4 @@ def chains(draw: st.DrawFn, blocks: int = 5, kinds: int = 2) -> Profile:
     ]
     graph = replace(graph, ops=(*ops, *graph.ops[graph.forward_ops :]))
     overhead_s = draw(st.sampled_from([0.0, 0.125]))
-    return Profile(1, (graph,), Residents(0, 0, 0, 0), 0, 0.0, replay_overhead_s=overhead_s)
+    return Profile(1, (graph,), Residents(0, 0, 0, 0), replay_overhead_s=overhead_s)

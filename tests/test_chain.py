@@ -181,7 +181,7 @@ def test_solving_alike_segments_once_gives_what_solving_all_gives(profile: Profi
     graph = profile.graphs[0]
     found = []
     for book in (Choices(1, profile.replay_overhead_s), Forgetful(1, profile.replay_overhead_s)):
-        candidate = Candidate(profile, graph, book)
+        candidate = Candidate(profile, graph, book, 0)
         budget = candidate.plain_bytes * (100 + percent) // 200
         bound_s = candidate.bound_s(budget)
         found.append((bound_s, candidate.solve(budget, bound_s)))

@@ -60,11 +60,11 @@ def test_no_plan_of_a_frontier_is_beaten_by_another(profile: Profile) -> None:
 
 def test_a_frontier_needs_two_ends() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        frontier(Profile(1, (), None, 0, 0.0), plans=1)  # type: ignore[arg-type]
+        frontier(Profile(1, (), None), plans=1)  # type: ignore[arg-type]
 
 
 def test_a_profile_without_a_step_is_refused() -> None:
-    empty = Profile(1, (), Residents(0, 0, 0, 0), 0, 0.0)
+    empty = Profile(1, (), Residents(0, 0, 0, 0))
     with pytest.raises(ValueError, match=r"no recorded step.*profile again"):
         frontier(empty)
     with pytest.raises(ValueError, match=r"no recorded step.*profile again"):

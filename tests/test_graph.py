@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.core.graph import FORMAT, LogKind, OpKey, Profile, Residents, StepGraph, ValueKey
-from strategies import Piece, build, graphs, profiles
+from strategies import Piece, build, flat_update, graphs, profiles
 
 PIECES = (Piece(sizes=(10, 4), seconds=2.0), Piece(reads=(1,), sizes=(6,), seconds=1.0))
 NOTHING = Residents(0, 0, 0, 0)
-PROFILE = Profile(16, tuple(build(PIECES, rows=rows) for rows in (16, 8, 4)), NOTHING, 0, 0.0)
+PROFILE = Profile(16, tuple(build(PIECES, rows=rows) for rows in (16, 8, 4)), NOTHING)
 
 
 @given(graphs())
@@ -32,7 +32,8 @@ def test_a_profile_survives_json(profile: Profile) -> None:
 def test_the_json_holds_every_field() -> None:
     """A field that the JSON forgot would come back as its default."""
     graph = replace(PROFILE.graphs[0], coupled=("block.0: aten.native_batch_norm.default",))
-    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), 5, 6.0, 6.5, 7, 8.0, 9, "fake")
+    first, later = flat_update(5, state_bytes=3), flat_update(6, seconds=6.0)
+    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), first, later, 6.5, 7, 8.0, 9, "fake")
     assert Profile.from_json(unusual.to_json()) == unusual
     assert set(json.loads(unusual.to_json())) == {field.name for field in fields(Profile)} | {"format"}
     assert set(graph.to_data()) == {field.name for field in fields(StepGraph)}
@@ -51,7 +52,7 @@ def test_a_profile_of_another_version_is_refused(version: object) -> None:
         Profile.from_json(text)
 
 
-@pytest.mark.parametrize("missing", ["rows", "graphs", "residents", "update_s"])
+@pytest.mark.parametrize("missing", ["rows", "graphs", "residents", "update"])
 def test_a_profile_that_lacks_a_field_is_refused(missing: str) -> None:
     data = json.loads(PROFILE.to_json())
     del data[missing]

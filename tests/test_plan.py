@@ -23,7 +23,7 @@ from reference import (
     peak_bytes,
     step_peak_bytes,
 )
-from strategies import Piece, build, choices, profiles
+from strategies import Piece, build, choices, flat_update, profiles
 
 # Each example plans several times or tries every choice there is.
 FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -170,7 +170,8 @@ def scaled(profile: Profile, by: int) -> Profile:
         residents=Residents(
             r.parameters_bytes * by, r.gradients_bytes * by, r.optimizer_bytes * by, r.batch_bytes * by
         ),
-        update_temporary_bytes=profile.update_temporary_bytes * by,
+        first_update=scaled_graph(profile.first_update, by),
+        update=scaled_graph(profile.update, by),
         alignment_bytes=profile.alignment_bytes * by,
         unexplained_bytes=profile.unexplained_bytes * by,
     )
@@ -235,7 +236,7 @@ def chain(length: int, seconds: tuple[float, ...] = (), rows: int = 1) -> Profil
     """A chain of ops that each save 100 bytes, then a loss of 1."""
     ops = [BLOCK._replace(seconds=seconds[i] if seconds else 1.0) for i in range(length)]
     graph = build((*ops, Piece(reads=(0,), sizes=(1,), seconds=0.0, frees=(0,))), rows=rows)
-    return Profile(rows, (graph,), NOTHING, 0, 0.0)
+    return Profile(rows, (graph,), NOTHING)
 
 
 @pytest.mark.parametrize(("budget_bytes", "recompute_s"), [(403, 0.0), (402, 1.0), (303, 1.0)])
@@ -279,7 +280,7 @@ def test_a_micro_batch_size_that_was_not_recorded_is_refused() -> None:
 
 def test_a_step_that_saves_nothing_is_refused_with_what_it_needs() -> None:
     """One op makes 10 bytes, beside them two gradients of 1 byte."""
-    profile = Profile(1, (build((Piece(sizes=(10,)),)),), NOTHING, 0, 0.0)
+    profile = Profile(1, (build((Piece(sizes=(10,)),)),), NOTHING)
     assert refusal_of(profile, 11).needed_bytes == 12
     assert find_plan(profile, memory=12).recompute == ()
 
@@ -287,7 +288,7 @@ def test_a_step_that_saves_nothing_is_refused_with_what_it_needs() -> None:
 def test_accumulation_is_chosen_where_it_is_faster_than_replaying() -> None:
     """Four rows at once take 12 s and 2 x 403 B and more; two at a time take 2 x 9 s."""
     large, small = (chain(4, rows=rows).graphs[0] for rows in (4, 2))
-    profile = Profile(4, (large, small), NOTHING, 0, 0.5)
+    profile = Profile(4, (large, small), NOTHING, update=flat_update(0, seconds=0.5))
     assert find_plan(profile, memory=4 * 403).gradient_accumulation_steps == 1
     plan = find_plan(profile, memory=2 * 403)
     assert (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.recompute) == (2, 2, ())
@@ -295,7 +296,7 @@ def test_accumulation_is_chosen_where_it_is_faster_than_replaying() -> None:
 
 
 def test_the_optimizer_step_can_be_the_peak() -> None:
-    profile = replace(chain(4), residents=Residents(500, 300, 200, 0), update_temporary_bytes=1000)
+    profile = replace(chain(4), residents=Residents(500, 300, 200, 0), update=flat_update(1000))
     assert find_plan(profile, memory=2000).peak_owner == "optimizer.step"
     refusal = refusal_of(profile, 1999)
     assert (refusal.needed_bytes, refusal.owner) == (2000, "optimizer.step")

@@ -61,8 +61,11 @@ def test_the_events_of_a_step_peak_where_the_reference_says(profile: Profile, da
     graph = data.draw(st.sampled_from(profile.graphs))
     dropped = data.draw(choices(graph))
     found = Timeline(tuple(events(profile, graph, dict.fromkeys(dropped, Level()))))
-    assert found.peak_bytes == step_peak_bytes(profile, graph, dropped)
-    assert found.events[-1].total_bytes == update_peak_bytes(profile)
+    first = Timeline(
+        tuple(events(profile, graph, dict.fromkeys(dropped, Level()), first_step=True)),
+    )
+    assert max(found.peak_bytes, first.peak_bytes) == step_peak_bytes(profile, graph, dropped)
+    assert max(found.events[-1].total_bytes, first.events[-1].total_bytes) == update_peak_bytes(profile)
     live = live_bytes(graph, dropped, profile.alignment_bytes)
     phases = [
         "recompute" if x.is_replay else "forward" if x.op < graph.forward_ops else "backward" for x in live

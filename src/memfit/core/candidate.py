@@ -43,9 +43,10 @@ def _single(dropped: frozenset[int]) -> Dropped:
 class Candidate:
     """One micro-batch size of a profile. See Note [Two planners]."""
 
-    def __init__(self, profile: Profile, graph: StepGraph, choices: Choices) -> None:
+    def __init__(self, profile: Profile, graph: StepGraph, choices: Choices, update_bytes: int) -> None:
         self.profile = profile
         self.graph = graph
+        self.update_bytes = update_bytes
         self._choices = choices
 
     # ---- costs ------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from memfit.core.graph import OpKey, StepGraph
+
+Run = tuple[StepGraph, Sequence[Hashable], Sequence[int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,47 @@ def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequ
             temporary_bytes[op.key] = max(0, peak_bytes - made_bytes)
     seconds = {op.key: medians[s] for op, s in zip(graph.ops, signatures, strict=True)}
     return Measured(graph.rows, seconds, temporary_bytes, forward_bytes(graph))
+
+
+class AlikeCost(NamedTuple):
+    """What ops of one look take: the median of their seconds, the most of their inner temporaries."""
+
+    seconds: float
+    temporary_bytes: int
+
+
+def costs_alike(runs: Sequence[Run]) -> dict[Hashable, AlikeCost]:
+    """What each kind of op took in the quickest of some runs.
+
+    Args:
+        runs: Graph, signatures and inner peaks (bytes, None: unseen) of each op.
+    """
+    found: dict[Hashable, AlikeCost] = {}
+    for graph, signatures, peaks_bytes in runs:
+        took = measured(graph, signatures, peaks_bytes)
+        for op, signature in zip(graph.ops, signatures, strict=True):
+            temporary_bytes = took.temporary_bytes.get(op.key, 0)
+            known = found.get(signature, AlikeCost(took.seconds[op.key], temporary_bytes))
+            found[signature] = AlikeCost(
+                min(known.seconds, took.seconds[op.key]), max(known.temporary_bytes, temporary_bytes)
+            )
+    return found
+
+
+def with_costs_alike(run: Run, known: Mapping[Hashable, AlikeCost]) -> StepGraph:
+    """A graph with what ops of the same look took; seconds of the others are scaled like the sum of those."""
+    graph, signatures, _ = run
+    pairs = [(op, known.get(signature)) for op, signature in zip(graph.ops, signatures, strict=True)]
+    estimated_s = sum(op.seconds for op, cost in pairs if cost is not None)
+    measured_s = sum(cost.seconds for _, cost in pairs if cost is not None)
+    scale = measured_s / estimated_s if estimated_s else 1.0
+    ops = [
+        replace(op, seconds=op.seconds * scale)
+        if cost is None
+        else replace(op, seconds=cost.seconds, temporary_bytes=cost.temporary_bytes)
+        for op, cost in pairs
+    ]
+    return replace(graph, ops=tuple(ops))
 
 
 def forward_bytes(graph: StepGraph) -> dict[OpKey, int]:

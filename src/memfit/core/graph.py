@@ -18,11 +18,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-FORMAT = 1
+FORMAT = 2
 
 
 class OpKey(NamedTuple):
@@ -177,6 +177,10 @@ class StepGraph:
         )
 
 
+NO_UPDATE = StepGraph(1, 0, True, (), (), (), (), ())
+_UPDATES = ("first_update", "update")
+
+
 class ValueKey(NamedTuple):
     """The name of a value across traces: the call site of its op, and which output it is."""
 
@@ -221,8 +225,8 @@ class Profile:
         rows: Rows of the effective batch.
         graphs: One graph a candidate micro-batch size, largest first.
         residents: Bytes alive throughout; gradients as after the first micro-batch.
-        update_temporary_bytes: Peak of ``optimizer.step()`` above the residents.
-        update_s: Seconds of ``optimizer.step()``.
+        first_update: The ``optimizer.step()`` in which the optimizer's state is born: what it persists.
+        update: Every later one.
         fixed_s: Seconds of a micro-batch that do not grow with its rows.
         alignment_bytes: The allocator rounds every block up to this.
         replay_overhead_s: Seconds that replaying one op costs beside the op itself.
@@ -233,13 +237,18 @@ class Profile:
     rows: int
     graphs: tuple[StepGraph, ...]
     residents: Residents
-    update_temporary_bytes: int
-    update_s: float
+    first_update: StepGraph = NO_UPDATE
+    update: StepGraph = NO_UPDATE
     fixed_s: float = 0.0
     alignment_bytes: int = 1
     replay_overhead_s: float = 0.0
     unexplained_bytes: int = 0
     source: str = ""
+
+    @property
+    def update_s(self) -> float:
+        """Seconds of ``optimizer.step()``."""
+        return self.update.seconds
 
     def graph(self, micro_batch_size: int) -> StepGraph:
         """The graph of the smallest recorded micro-batch of at least this size.
@@ -257,8 +266,10 @@ class Profile:
 
     def to_json(self) -> str:
         """A JSON text that :meth:`from_json` reads back to an equal value."""
-        data = asdict(self) | {"graphs": [graph.to_data() for graph in self.graphs], "format": FORMAT}
-        return json.dumps(data)
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"graphs": [graph.to_data() for graph in self.graphs], "residents": asdict(self.residents)}
+        data |= {name: data[name].to_data() for name in _UPDATES}
+        return json.dumps(data | {"format": FORMAT})
 
     @staticmethod
     def from_json(text: str) -> Profile:
@@ -270,6 +281,7 @@ class Profile:
         data = _checked(text, "profile")
         try:
             graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
+            data |= {name: StepGraph.from_data(data[name]) for name in _UPDATES}
             return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit profile: {error}") from None

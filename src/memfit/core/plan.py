@@ -142,15 +142,15 @@ class Planner:
         graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
         choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
         self._profile = profile
-        self._candidates = sorted(
-            (Candidate(profile, graph, choices) for graph in graphs), key=lambda c: (c.step_s(0.0), c.steps)
-        )
+        self._update_bytes = update_peak_bytes(profile)
+        found = (Candidate(profile, graph, choices, self._update_bytes) for graph in graphs)
+        self._candidates = sorted(found, key=lambda c: (c.step_s(0.0), c.steps))
         self._lowest: Plan | None = None
 
     def fastest(self, budget_bytes: int) -> Plan | None:
         """The fastest plan within a budget, None if none was found."""
         best: Plan | None = None
-        if update_peak_bytes(self._profile) <= budget_bytes:
+        if self._update_bytes <= budget_bytes:
             for candidate in self._candidates:
                 best = _faster(best, candidate, budget_bytes)
         return best
@@ -207,14 +207,21 @@ def _faster(best: Plan | None, candidate: Candidate, budget_bytes: int) -> Plan 
     return found if found.predicted_step_s < limit_s else best
 
 
-def simulate(profile: Profile, plan: Plan) -> Timeline:
-    """Live bytes at every moment of the step under a plan.
+def simulate(profile: Profile, plan: Plan, *, first_step: bool = False) -> Timeline:
+    """Live bytes at every moment of a step under a plan: one micro-batch, and the optimizer step.
+
+    With several micro-batches it is the second, in which all gradients are there; those after it are alike or
+    smaller, and the first one is lower, for gradients grow in it.
+
+    Args:
+        first_step: The very first step, in which the optimizer's state is born. It never peaks higher than
+            the later ones, for which a plan is made.
 
     Raises:
         ValueError: The plan names a tensor the profile does not have, or one that cannot be replayed.
     """
     graph = profile.graph(plan.micro_batch_size)
-    return Timeline(tuple(events(profile, graph, dropped_values(graph, plan))))
+    return Timeline(tuple(events(profile, graph, dropped_values(graph, plan), first_step=first_step)))
 
 
 def dropped_values(graph: StepGraph, plan: Plan) -> dict[int, Level]:
@@ -252,7 +259,7 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
     simulated = candidate.run(dropped)
     recompute_s = candidate.cost_s(simulated)
     peak_bytes = candidate.base_bytes + simulated.peak.total_bytes
-    update_bytes = update_peak_bytes(profile)
+    update_bytes = candidate.update_bytes
     top = simulated.peak
     phase = "recompute" if top.is_replay else "forward" if top.op < graph.forward_ops else "backward"
     named = sorted((graph.value_key(value), level) for value, level in dropped.items())

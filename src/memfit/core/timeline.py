@@ -388,12 +388,18 @@ def base_bytes(profile: Profile, graph: StepGraph) -> int:
 
 
 def update_peak_bytes(profile: Profile) -> int:
-    """Peak of the optimizer step, when the activations are gone."""
-    return profile.residents.total_bytes + profile.update_temporary_bytes + profile.unexplained_bytes
+    """Peak of the optimizer step, the first or a later one, when the activations are gone."""
+    return max(event.total_bytes for first in (True, False) for event in update_events(profile, first=first))
 
 
-def events(profile: Profile, graph: StepGraph, dropped: Mapping[int, Level]) -> Iterator[Event]:
-    """Every moment of one micro-batch and of the optimizer step, with all categories."""
+def events(
+    profile: Profile, graph: StepGraph, dropped: Mapping[int, Level], *, first_step: bool = False
+) -> Iterator[Event]:
+    """Every moment of one micro-batch and of the optimizer step, with all categories.
+
+    Args:
+        first_step: The optimizer's state is born in this step, so it weighs nothing before the update.
+    """
     residents = profile.residents
     resident_gradients = residents.gradients_bytes if graph.gradients_resident else 0
     for moment in run(graph, dropped, alignment_bytes=profile.alignment_bytes).moments:
@@ -403,20 +409,39 @@ def events(profile: Profile, graph: StepGraph, dropped: Mapping[int, Level]) -> 
             owner=str(graph.ops[moment.op].key),
             parameters_bytes=residents.parameters_bytes,
             gradients_bytes=resident_gradients + moment.gradient_bytes,
-            optimizer_bytes=residents.optimizer_bytes,
+            optimizer_bytes=_old_state_bytes(profile) if first_step else residents.optimizer_bytes,
             batch_bytes=residents.batch_bytes,
             activations_bytes=moment.activation_bytes,
             replayed_bytes=moment.replayed_bytes,
             temporaries_bytes=moment.temporary_bytes + profile.unexplained_bytes,
         )
-    yield Event(
-        phase="update",
-        owner="optimizer.step",
-        parameters_bytes=residents.parameters_bytes,
-        gradients_bytes=residents.gradients_bytes,
-        optimizer_bytes=residents.optimizer_bytes,
-        batch_bytes=residents.batch_bytes,
-        activations_bytes=0,
-        replayed_bytes=0,
-        temporaries_bytes=profile.update_temporary_bytes + profile.unexplained_bytes,
-    )
+    yield from update_events(profile, first=first_step)
+
+
+def update_events(profile: Profile, *, first: bool) -> Iterator[Event]:
+    """Every moment of ``optimizer.step()``; without an optimizer the one moment after the backward."""
+    residents = profile.residents
+    graph = profile.first_update if first else profile.update
+    state_bytes = _old_state_bytes(profile) if first else residents.optimizer_bytes
+    moments = run(graph, alignment_bytes=profile.alignment_bytes).moments
+    for moment in moments or [_IDLE]:
+        yield Event(
+            phase="update",
+            owner=f"optimizer.step, {graph.ops[moment.op].key.op}" if moments else "optimizer.step",
+            parameters_bytes=residents.parameters_bytes,
+            gradients_bytes=residents.gradients_bytes,
+            optimizer_bytes=state_bytes + moment.gradient_bytes,
+            batch_bytes=residents.batch_bytes,
+            activations_bytes=0,
+            replayed_bytes=0,
+            temporaries_bytes=moment.temporary_bytes + profile.unexplained_bytes,
+        )
+
+
+def _old_state_bytes(profile: Profile) -> int:
+    """Bytes of the optimizer's state that are there before the first update."""
+    born_bytes = sum(s.size_bytes for s in profile.first_update.storages if s.persists)
+    return max(0, profile.residents.optimizer_bytes - born_bytes)
+
+
+_IDLE = Moment(0, False, 0, 0, 0, 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,24 +127,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
             ):
                 table.clear()
                 table.update(entries)  # type: ignore[arg-type]
-
-
-def fake_optimizer(optimizer: torch.optim.Optimizer, faker: Faker) -> torch.optim.Optimizer:
-    """An optimizer of the same kind over fake parameters, its state unborn and its hooks left out."""
-    twin = copy.copy(optimizer)
-    twin.__dict__.pop("step", None)  # a scheduler wraps it with a counter
-    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
-    twin.state = defaultdict(dict)
-    twin.param_groups = [
-        {**group, "params": [faker(p) for p in group["params"]]} | _as_on_device(group)
-        for group in optimizer.param_groups
-    ]
-    return twin
-
-
-def _as_on_device(group: dict[str, Any]) -> dict[str, Any]:
-    """The implementation torch would choose for real parameters: ``foreach`` on CUDA, which fakes miss."""
-    on_cuda = all(p.is_cuda for p in group["params"])
-    undecided = "foreach" in group and group["foreach"] is None and not group.get("fused")
-    return {"foreach": True} if on_cuda and undecided else {}

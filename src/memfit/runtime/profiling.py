@@ -34,12 +34,13 @@ from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
+from memfit.runtime.update import measured
 
 _log = logging.getLogger("memfit")
 
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _CUDA_BLOCK_BYTES = 512
-_RUNNING_LOSS_BYTES = 8  # the sum of the losses so far, alive while the next micro-batch runs
+_FEW_NUMBERS_BYTES = 64  # the running loss while the next micro-batch runs, numbers an optimizer counts by
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
 
@@ -89,13 +90,16 @@ def profile(
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
+            if optimizer is not None:
+                free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
+                update = measured(update, optimizer, free_bytes)
     graphs = _priced(recordings, points, by_fakes)
     return Profile(
         rows=rows,
         graphs=tuple(graphs),
         residents=residents,
-        update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
-        update_s=update.seconds,
+        first_update=update.first.graph,
+        update=update.later.graph,
         fixed_s=_fixed_s(graphs[0], points),
         alignment_bytes=_alignment_bytes(place, None if real else card),
         replay_overhead_s=REPLAY_OVERHEAD_S,
@@ -151,8 +155,8 @@ def _opaque(
         rows=rows_of(job.batch),
         graphs=tuple(graphs),
         residents=residents,
-        update_temporary_bytes=max(0, update.peak_bytes - update.net_bytes),
-        update_s=update.seconds,
+        first_update=update.first.graph,
+        update=update.later.graph,
         alignment_bytes=_alignment_bytes(place, None),
         unexplained_bytes=_unexplained_bytes(job, place),
         source=f"{part} is compiled and opaque; measured at few rows",
@@ -177,11 +181,11 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
-    """What no recording shows: the running loss; on CUDA cuBLAS's workspaces and others' tensors."""
+    """What no recording shows: a few numbers; on CUDA cuBLAS's workspaces and others' tensors."""
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return _RUNNING_LOSS_BYTES
+        return _FEW_NUMBERS_BYTES
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = resident_bytes(t for t in known if t.device == place)
-    return max(0, torch.cuda.memory_allocated(place) - on_device) + _RUNNING_LOSS_BYTES
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + _FEW_NUMBERS_BYTES

@@ -372,17 +372,29 @@ def record(
 
 
 def record_update(
-    model: nn.Module, update: Callable[[], object], externals: Iterable[Tensor], probe: Probe
-) -> StepGraph:
-    """Runs ``optimizer.step()`` once and returns its storages and their lives; no op of it is replayed."""
-    with CallSites[None](model, {}) as sites, _no_collection():
+    update: Callable[[], object],
+    externals: Iterable[Tensor],
+    probe: Probe,
+    state: Callable[[], Iterable[Tensor]],
+) -> Recording:
+    """Runs ``optimizer.step()`` once; what it makes and does not free again is the optimizer's state.
+
+    Args:
+        externals: Every tensor that is alive before.
+        state: The optimizer's state afterwards: that of which no op knows (a counter) counts all the same.
+    """
+    with CallSites[None](nn.Module(), {}) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=False)
         recorder.is_forward = False
         recorder.adopt_external(externals)
         with probe, recorder:
             update()
+        for tensor in state():
+            if _address(tensor) not in recorder._alive:
+                recorder._appear(tensor)
     recorder.forget()
-    return _finish(recorder, probe, 1, 0, True).graph
+    recorder.owning_sums.clear()  # these sums are the optimizer's, not the engine's
+    return _finish(recorder, probe, 1, 0, True, keeps_appeared=True)
 
 
 def _refuse_writes(model: nn.Module, changed: list[nn.Parameter]) -> None:
@@ -397,7 +409,13 @@ def _refuse_writes(model: nn.Module, changed: list[nn.Parameter]) -> None:
 
 
 def _finish(
-    recorder: Recorder, probe: Probe, rows: int, forward_ops: int, gradients_resident: bool
+    recorder: Recorder,
+    probe: Probe,
+    rows: int,
+    forward_ops: int,
+    gradients_resident: bool,
+    *,
+    keeps_appeared: bool = False,
 ) -> Recording:
     """Joins the log with the costs into a graph."""
     measured = iter(probe.costs())
@@ -418,7 +436,7 @@ def _finish(
     freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
     storages = [replace(s, persists=i not in freed) for i, s in enumerate(recorder.storages)]
     for index in recorder.appeared.values():
-        if storages[index].persists:
+        if storages[index].persists and not keeps_appeared:
             storages[index] = Storage(0)
     graph = StepGraph(
         rows=rows,

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from memfit.core.batching import balanced_parts
 from memfit.core.costs import Measured, forward_bytes, scaled
 from memfit.core.devices import Device, Roofline
 from memfit.core.graph import Residents
-from memfit.core.timeline import run as simulate_run
 from memfit.errors import MemfitError, UnsupportedModel
 from memfit.runtime.batch import tensors_of
-from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for
-from memfit.runtime.job import Job, first_rows, optimizer_state, prepare_gradients, record_part
+from memfit.runtime.fake import Faker, faked, is_fake, mode_for
+from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import RooflineProbe, probe_for
-from memfit.runtime.record import Recording, record_update
+from memfit.runtime.record import Recording
+from memfit.runtime.update import Update, record_optimizer
 
 _log = logging.getLogger("memfit")
 
 _FEW_ROWS = 4
 _USERS_FAULTS = (TypeError, ValueError, MemfitError)
-
-
-class Update(NamedTuple):
-    """What ``optimizer.step()`` takes: bytes above its start, bytes that stay, seconds."""
-
-    peak_bytes: int = 0
-    net_bytes: int = 0
-    seconds: float = 0.0
 
 
 def record_sizes(
@@ -45,8 +35,7 @@ def record_sizes(
     """Every size on fake tensors (then the last is true), or really at few rows where fakes do not do."""
     try:
         with _quiet_fakes():
-            roofline = Roofline() if card is None else card.roofline
-            return *_record_fakes(job, rows, counts, roofline), True
+            return *_record_fakes(job, rows, counts, card), True
     except _USERS_FAULTS:
         raise
     except Exception as error:
@@ -68,9 +57,10 @@ def record_sizes(
 
 
 def _record_fakes(
-    job: Job, rows: int, counts: tuple[int, ...], device: Roofline
+    job: Job, rows: int, counts: tuple[int, ...], card: Device | None
 ) -> tuple[list[Recording], Residents, Update]:
     """Records every size at once, without memory."""
+    device = Roofline() if card is None else card.roofline
     faker = Faker(mode_for(job.model))
     # Under a fake mode of the caller everything is fake already.
     with faked(job.model, faker), _entered(faker):
@@ -79,7 +69,7 @@ def _record_fakes(
         prepare_gradients(job.model, resident=True)
         update = Update()
         if job.optimizer is not None:
-            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, device))
+            update = record_optimizer(job.optimizer, faker, device, for_cuda=card is not None)
         residents = _residents(job, batch, update)
     return recordings, residents, update
 
@@ -131,7 +121,7 @@ def residents_of(job: Job) -> tuple[Residents, Update]:
         prepare_gradients(job.model, resident=True)
         update = Update()
         if job.optimizer is not None:
-            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
+            update = record_optimizer(job.optimizer, faker, Roofline(), for_cuda=False)
         residents = _residents(job, faker.batch(job.batch), update)
     return residents, update
 
@@ -173,36 +163,6 @@ def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
     return forward_bytes(graph) == point.made_bytes
 
 
-def _record_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, device: Roofline
-) -> tuple[int, int, float]:
-    """Peak, net bytes and seconds of a first ``optimizer.step()`` on fakes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-    try:
-        graph = record_update(
-            model,
-            lambda: optimizer.step(),
-            [*parameters, *(p.grad for p in parameters if p.grad is not None)],
-            RooflineProbe(device),
-        )
-    except Exception as error:  # an optimizer of the user's own may do what fakes cannot
-        warnings.warn(
-            f"{type(optimizer).__name__} cannot be recorded ({error}): memfit assumes two states and a copy "
-            "of the parameters for its step, and does not measure it",
-            stacklevel=2,
-        )
-        size_bytes = resident_bytes(parameters)
-        return 3 * size_bytes, 2 * size_bytes, 0.0
-    peak_bytes = max((m.total_bytes for m in simulate_run(graph).moments), default=0)
-    # Counters made from Python numbers are no op's output, so the state itself is counted.
-    net_bytes = resident_bytes(optimizer_state(optimizer))
-    made_bytes = sum(s.size_bytes for s in graph.storages if s.persists)
-    return max(peak_bytes - made_bytes, 0) + net_bytes, net_bytes, graph.seconds
-
-
 def _residents(job: Job, batch: Any, update: Update) -> Residents:
     """What is alive throughout; gradients as they are now."""
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
@@ -210,7 +170,7 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     return Residents(
         parameters_bytes=resident_bytes([*job.model.parameters(), *job.model.buffers()]),
         gradients_bytes=resident_bytes(gradients),
-        optimizer_bytes=update.net_bytes,
+        optimizer_bytes=update.state_bytes,
         batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
     )
 

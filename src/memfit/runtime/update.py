@@ -1,0 +1,199 @@
+"""Records ``optimizer.step()``: on fakes for its bytes, really on a few parameters for what fakes hide.
+
+Note [Update]
+ 1. Two steps of a twin of the optimizer: the first makes the state, the second has it. State that the real
+    one has already is there from the start.
+ 2. The twin runs as it would on the device: on CUDA ``foreach``, which holds temporaries for all parameters
+    at once.
+ 3. A number that an optimizer reads off a tensor (``.item()`` of a counter or a norm) is small in the first
+    step on fakes, and large later: it decides values, and whether a warm-up is over (RAdam), not shapes.
+ 4. Seconds and temporaries inside ops come from the same steps of a real twin that has one clone of each
+    shape of parameter, as far as memory allows. Ops that look alike share them; the seconds of others
+    are scaled like the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from memfit.core.costs import costs_alike, with_costs_alike
+from memfit.core.devices import Roofline
+from memfit.core.graph import NO_UPDATE, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
+from memfit.runtime.job import optimizer_state
+from memfit.runtime.meter import resident_bytes
+from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
+from memfit.runtime.record import Recording, record_update
+
+_log = logging.getLogger("memfit")
+
+_MOST_CLONED_BYTES = 64 << 20
+_COPIES = 8  # of a parameter: itself, its gradient, up to three states and as many temporaries
+_REPEATS = 3
+_EARLY, _LATE = 2, 1000  # not 1: NAdam divides by one less
+_READ = torch.ops.aten._local_scalar_dense.default
+
+
+class Update(NamedTuple):
+    """The first ``optimizer.step()``, in which the state is born, every later one, and all of that state."""
+
+    first: Recording = Recording(NO_UPDATE, (), ())
+    later: Recording = Recording(NO_UPDATE, (), ())
+    state_bytes: int = 0
+
+
+class _UpdateProbe(RooflineProbe):
+    """The roofline, and an answer where a fake has none. See Note [Update] 3."""
+
+    def __init__(self, device: Roofline, number: int) -> None:
+        super().__init__(device)
+        self._number = number
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op on fakes and estimates it."""
+        if func is not _READ:
+            return super().call(func, args, kwargs)
+        self._costs.append(OpCost(0.0, None))
+        dtype = args[0].dtype
+        return float(self._number) if dtype.is_floating_point else self._number
+
+
+def record_optimizer(
+    optimizer: torch.optim.Optimizer, make: Callable[[Tensor], Tensor], device: Roofline, *, for_cuda: bool
+) -> Update:
+    """Both steps of an optimizer on fakes.
+
+    Args:
+        make: The fake of a tensor.
+        for_cuda: It is to run on CUDA, wherever its parameters are now.
+    """
+    twin = _twin(optimizer, make, for_cuda=for_cuda)
+    for parameter in _parameters(twin):
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    try:
+        first, later = (_step(twin, _UpdateProbe(device, number)) for number in (_EARLY, _LATE))
+        return Update(first, later, resident_bytes(_state(twin)))
+    except Exception as error:  # an optimizer of the user's own may do what fakes cannot
+        name = type(optimizer).__name__
+        warnings.warn(
+            f"{name} cannot be recorded ({error}): memfit assumes two states and a copy of the parameters "
+            "for its step, and does not measure it",
+            stacklevel=2,
+        )
+        return _assumed(name, resident_bytes(_parameters(twin)))
+
+
+def measured(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int | None) -> Update:
+    """The same with the seconds and inner temporaries of real steps. See Note [Update] 4."""
+    chosen = _one_of_each(_parameters(optimizer), free_bytes)
+    if not chosen or not update.later.graph.ops:
+        return update
+    clones: dict[int, Tensor] = {}
+
+    def make(tensor: Tensor) -> Tensor:
+        if id(tensor) not in clones:
+            copied = tensor.detach().clone()
+            clones[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+        return clones[id(tensor)]
+
+    try:
+        twin = _twin(optimizer, make, only=chosen)
+        for parameter in _parameters(twin):
+            parameter.grad = torch.rand_like(parameter) * 1e-3
+        place = chosen[0].device
+        runs = [_step(twin, probe_for(place)()) for _ in range(1 + _REPEATS)]
+    except RuntimeError as error:
+        _log.info("optimizer.step() cannot be measured: %s", error)
+        return update
+    known = costs_alike(runs[1:])
+    first = with_costs_alike(update.first, known | costs_alike(runs[:1]))
+    later = with_costs_alike(update.later, known)
+    return update._replace(first=update.first._replace(graph=first), later=update.later._replace(graph=later))
+
+
+def _step(optimizer: torch.optim.Optimizer, probe: Probe) -> Recording:
+    """One recorded step."""
+    parameters = _parameters(optimizer)
+    there = [*parameters, *(p.grad for p in parameters if p.grad is not None), *_state(optimizer)]
+    return record_update(lambda: optimizer.step(), there, probe, lambda: _state(optimizer))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All it steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Its state on the device of its parameters."""
+    place = _parameters(optimizer)[0].device
+    return [t for t in optimizer_state(optimizer) if t.device == place]
+
+
+def _one_of_each(parameters: list[Tensor], free_bytes: int | None) -> list[Tensor]:
+    """One parameter of each shape, the largest first, of which copies fit."""
+    left_bytes = _MOST_CLONED_BYTES if free_bytes is None else min(_MOST_CLONED_BYTES, free_bytes // _COPIES)
+    unlike = {(p.shape, p.dtype): p for p in parameters if p.requires_grad}
+    chosen = []
+    for parameter in sorted(unlike.values(), key=lambda p: -p.numel()):
+        if parameter.nbytes <= left_bytes:
+            chosen.append(parameter)
+            left_bytes -= parameter.nbytes
+    return chosen
+
+
+def _twin(
+    optimizer: torch.optim.Optimizer,
+    make: Callable[[Tensor], Tensor],
+    *,
+    for_cuda: bool = False,
+    only: list[Tensor] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer of the same kind and state over other parameters, its hooks left out."""
+    wanted = None if only is None else {id(p) for p in only}
+    twin = copy.copy(optimizer)
+    twin.__dict__.pop("step", None)  # a scheduler wraps it with a counter
+    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
+    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+    twin.param_groups = []
+    twin.state = defaultdict(dict)
+    for group in optimizer.param_groups:
+        kept = [p for p in group["params"] if wanted is None or id(p) in wanted]
+        if kept:
+            made = {**group, "params": [make(p) for p in kept]}
+            twin.param_groups.append(made | _as_on_device(group, for_cuda))
+        for parameter in kept:
+            if parameter in optimizer.state:
+                state = optimizer.state[parameter].items()
+                twin.state[make(parameter)] = {k: make(v) if isinstance(v, Tensor) else v for k, v in state}
+    return twin
+
+
+def _as_on_device(group: dict[str, Any], for_cuda: bool) -> dict[str, Any]:
+    """The implementation torch would choose for real parameters: ``foreach`` on CUDA, which fakes miss."""
+    on_cuda = for_cuda or all(p.is_cuda for p in group["params"])
+    undecided = "foreach" in group and group["foreach"] is None and not group.get("fused")
+    return {"foreach": True} if on_cuda and undecided else {}
+
+
+def _assumed(name: str, parameters_bytes: int) -> Update:
+    """Two states and a copy of the parameters."""
+    op = Op(OpKey("", name, 0), temporary_bytes=parameters_bytes)
+    later = replace(NO_UPDATE, ops=(op,), log=(LogEntry(LogKind.OP, 0),))
+    state = Storage(2 * parameters_bytes, persists=True)
+    first = replace(later, ops=(replace(op, allocates=(0,)),), storages=(state,))
+    return Update(_unlike(first), _unlike(later), 2 * parameters_bytes)
+
+
+def _unlike(graph: StepGraph) -> Recording:
+    """A recording of one op that looks like no other."""
+    return Recording(graph, (("assumed",),), (None,))
