@@ -97,8 +97,10 @@ def _moments(graph: StepGraph, dropped: frozenset[int], alignment_bytes: int) ->
         if kind == LogKind.OP:
             world.is_forward = item < graph.forward_ops
             world.held_by_the_program.update(graph.ops[item].allocates)
-            yield _weighed(graph, item, False, world.blocks(), alignment_bytes)
-            if dropped.intersection(graph.ops[item].outputs):
+            is_planned = not dropped.isdisjoint(graph.ops[item].outputs)
+            seed = {Block("seed", item)} if is_planned else set()
+            yield _weighed(graph, item, False, world.blocks() | seed, alignment_bytes)
+            if is_planned:
                 world.to_replay.add(item)
         elif kind == LogKind.PACK:
             world.saved.add(item)
@@ -129,7 +131,8 @@ def _weighed(graph: StepGraph, op: int, is_replay: bool, blocks: set[Block], ali
             gradients += size_bytes
         else:
             temporaries += size_bytes
-    return Live(op, is_replay, kept, replayed, gradients, temporaries + graph.ops[op].temporary_bytes)
+    temporaries += graph.ops[op].temporary_bytes + (graph.ops[op].scratch_bytes if is_replay else 0)
+    return Live(op, is_replay, kept, replayed, gradients, temporaries)
 
 
 def total_bytes(live: Live) -> int:

@@ -38,6 +38,7 @@ class Piece(NamedTuple):
     writes_in_place: bool = False
     is_replayable: bool = True
     seed_bytes: int = 0
+    scratch_bytes: int = 0
     seconds: float = 1.0
     temporary_bytes: int = 0
     saves_inputs: bool = False
@@ -104,7 +105,9 @@ class _Writer:
         key = OpKey(f"block.{number // 2}", "aten.op.default", number % 2)
         costs = (piece.seconds * (1 + self.rows) / 2, piece.temporary_bytes * self.rows, piece.seed_bytes)
         made = (inputs, tuple(outputs), overwrites, tuple(allocates))
-        self.ops.append(Op(key, *made, *costs, piece.seed_bytes > 0, piece.is_replayable))
+        self.ops.append(
+            Op(key, *made, *costs, piece.scratch_bytes, piece.seed_bytes > 0, piece.is_replayable)
+        )
         return node + [self.pack(outputs[pick % len(outputs)]) for pick in piece.saves_outputs]
 
     def let_go(self, piece: Piece) -> None:
@@ -183,6 +186,7 @@ def pieces(draw: st.DrawFn, most: int, *, tidy: bool = False) -> tuple[Piece, ..
         writes_in_place=st.sampled_from([False, False, True]),
         is_replayable=st.sampled_from([True, True, True, False]),
         seed_bytes=rarely(st.just(7)),
+        scratch_bytes=rarely(st.just(3)),
         seconds=SECONDS,
         temporary_bytes=rarely(st.integers(1, 30)),
         saves_inputs=st.booleans(),

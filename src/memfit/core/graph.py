@@ -77,8 +77,9 @@ class Op:
     """One call below autograd.
 
     ``temporary_bytes`` are allocated inside the operator on top of its outputs. ``seed_bytes`` is
-    the size of the generator state a replay of a random op needs. ``inputs`` include what the op
-    overwrites; ``overwrites`` are the old versions of the storages written in place.
+    the size of the generator state a replay of a random op needs, ``scratch_bytes`` of what a replay
+    copies so as not to write to it (running statistics). ``inputs`` include what the op overwrites;
+    ``overwrites`` are the old versions of the storages written in place.
     """
 
     key: OpKey
@@ -89,6 +90,7 @@ class Op:
     seconds: float = 0.0
     temporary_bytes: int = 0
     seed_bytes: int = 0
+    scratch_bytes: int = 0
     is_random: bool = False
     is_replayable: bool = False
 

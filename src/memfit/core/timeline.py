@@ -163,10 +163,12 @@ class _Walk:
         for storage in op.allocates:
             self.named[storage] = True
             self._count(storage, 1)
-        self._note(index, False, op.temporary_bytes)
-        if index < self.first_backward and not self.dropped.isdisjoint(op.outputs):
-            self.pending.add(index)
+        is_planned = index < self.first_backward and not self.dropped.isdisjoint(op.outputs)
+        if is_planned:
             self.activations += op.seed_bytes
+        self._note(index, False, op.temporary_bytes)
+        if is_planned:
+            self.pending.add(index)
             for value in op.inputs:
                 if value in self.dropped:
                     self.wanted[value] += 1
@@ -270,7 +272,7 @@ class _Walk:
                 self.replayed += self.sizes[self.graph.values[output].storage]
             self.made[output] = True
         state_bytes = op.seed_bytes if stays else 0  # what it used stays while the stream is put back
-        self._note(index, True, op.temporary_bytes + state_bytes)
+        self._note(index, True, op.temporary_bytes + op.scratch_bytes + state_bytes)
         for value in op.inputs:
             if value in self.passing:
                 self.passing[value] -= 1

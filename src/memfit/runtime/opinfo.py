@@ -92,7 +92,7 @@ def op_info(func: OpOverload) -> OpInfo:
     may_replay = not dynamic and not opaque and schema.name not in _MOVES_STORAGE
     return OpInfo(
         name=schema.name,
-        is_invisible=schema.name in _INVISIBLE or func.namespace == "prim",
+        is_invisible=schema.name in _INVISIBLE or func.namespace in ("prim", "profiler"),
         is_view=bool(func.is_view),
         written=written,
         written_names=tuple(arguments[i].name for i in written),

@@ -48,6 +48,7 @@ from memfit.runtime.opinfo import (
     op_info,
     overwrites_all,
     tensors_in,
+    written_statistics,
 )
 from memfit.runtime.probe import OpCost, Probe
 
@@ -182,6 +183,7 @@ class Recorder(TorchDispatchMode):
                 overwrites=overwrites,
                 allocates=allocates,
                 seed_bytes=CPU_SEED_BYTES if random and device == "cpu" else 0,
+                scratch_bytes=sum(args[i].nbytes for i in written_statistics(info, args)),
                 is_random=random,
                 is_replayable=self.is_forward
                 and may_replay
@@ -393,6 +395,8 @@ def record_update(
             if _address(tensor) not in recorder._alive:
                 recorder._appear(tensor)
     recorder.forget()
+    # A counter is made long before the first op that reads it, so all of them count from the start.
+    recorder.log.sort(key=lambda entry: entry.kind != LogKind.OP or entry.item not in recorder.appeared)
     recorder.owning_sums.clear()  # these sums are the optimizer's, not the engine's
     return _finish(recorder, probe, 1, 0, True, keeps_appeared=True)
 
