@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from memfit.core.basis import what_changed
 from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation
+from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, counter_for
-from memfit.runtime.job import check_model
+from memfit.runtime.job import Job, check_model
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import LossFn
 from memfit.runtime.profiling import profile
+from memfit.runtime.profiling import profile as record_profile
 from memfit.runtime.step import Step, Verdict
 from memfit.units import parse_memory
 from memfit.workload import Workload
@@ -47,6 +51,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
     count: str | Counter = "auto",
+    profile: Profile | None = None,
 ) -> Step:
     """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
 
@@ -61,6 +66,9 @@ def fit(
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
             ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
+        profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
+            first steps have corrected. It is used if it was made for this model, batch, optimizer, device
+            and version of torch; else a warning says what changed, and the step is profiled again.
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
@@ -82,15 +90,13 @@ def fit(
             owner=owner,
         )
     whole_only = owner is not None and micro_batch_size is None
-    profiled = profile(
-        model,
-        loss_fn,
-        batch,
-        optimizer=optimizer,
-        micro_batch_size=rows if whole_only else micro_batch_size,
-        limit_bytes=budget_bytes,
-    )
-    profiled = _uncoupled(profiled, pinned=micro_batch_size is not None)
+    job = Job(model, loss_fn, batch, optimizer)
+    pinned_size = rows if whole_only else micro_batch_size
+    if profile is None or not _holds(profile, job, pinned_size):
+        profile = record_profile(
+            model, loss_fn, batch, optimizer=optimizer, micro_batch_size=pinned_size, limit_bytes=budget_bytes
+        )
+    profiled = _uncoupled(profile, pinned=micro_batch_size is not None)
     if owner is not None or any(graph.coupled for graph in profiled.graphs):
         counter = None  # a later, larger batch must not be split either
 
@@ -98,6 +104,17 @@ def fit(
         return find_plan(current, memory=budget_bytes)
 
     return Step(model, loss_fn, find(profiled), profiled, counter=counter, optimizer=optimizer, find=find)
+
+
+def _holds(profile: Profile, job: Job, micro_batch_size: int | None) -> bool:
+    """Whether a stored profile still holds; if not, a warning says why."""
+    changed = what_changed(profile.basis, basis_of(job))
+    sizes = [graph.rows for graph in profile.graphs]
+    if changed is None and micro_batch_size is not None and micro_batch_size not in sizes:
+        changed = f"it holds micro-batches of {sizes} rows, and {micro_batch_size} are asked for"
+    if changed is not None:
+        warnings.warn(f"the stored profile is not used: {changed}; profiling again", stacklevel=3)
+    return changed is None
 
 
 def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:

@@ -30,6 +30,7 @@ from memfit.runtime.folder import (
     check_resumable,
     cut_losses,
     read_plan,
+    read_profile,
     start_run,
     write_plan,
     write_run,
@@ -265,8 +266,9 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
         memory=options.memory,
         optimizer=workload.optimizer,
         micro_batch_size=position.micro_batch_size,
+        profile=read_profile(options.out) if options.resume else None,
     )
-    write_plan(options.out, step.plan)
+    write_plan(options.out, step.plan, step.profile)
     watch.planned(step.plan)
     return step
 
@@ -354,10 +356,11 @@ def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
 
 
 def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
-    """Stores and shows the plan if the step has planned again."""
-    if run.step is not None and run.step.plan is not before:
-        write_plan(run.options.out, run.step.plan)
-        watch.planned(run.step.plan)
+    """Stores the plan if the step has corrected it, and shows it if it has planned again."""
+    if run.step is not None and before is not None and run.step.plan is not before:
+        write_plan(run.options.out, run.step.plan, run.step.profile)
+        if run.step.plan.recompute != before.recompute or run.step.plan.levels != before.levels:
+            watch.planned(run.step.plan)
 
 
 def _verified_bytes(step: Step | None) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from memfit.core.graph import OpKey, StepGraph
+from memfit.core.graph import OpKey, Profile, StepGraph
 
 Run = tuple[StepGraph, Sequence[Hashable], Sequence[int | None]]
 
@@ -84,6 +84,20 @@ def with_costs_alike(run: Run, known: Mapping[Hashable, AlikeCost]) -> StepGraph
         for op, cost in pairs
     ]
     return replace(graph, ops=tuple(ops))
+
+
+def at_speed(profile: Profile, factor: float) -> Profile:
+    """A profile in which forward and backward take this many times as long; what a real step corrects."""
+    graphs = tuple(
+        replace(g, ops=tuple(replace(op, seconds=op.seconds * factor) for op in g.ops))
+        for g in profile.graphs
+    )
+    return replace(
+        profile,
+        graphs=graphs,
+        fixed_s=profile.fixed_s * factor,
+        replay_overhead_s=profile.replay_overhead_s * factor,
+    )
 
 
 def forward_bytes(graph: StepGraph) -> dict[OpKey, int]:

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from memfit.core.basis import Basis
+
 FORMAT = 2
 
 
@@ -234,6 +236,7 @@ class Profile:
         replay_overhead_s: Seconds that replaying one op costs beside the op itself.
         unexplained_bytes: What a measured run showed above the prediction; added to every peak.
         source: How it was recorded ("fake", "real") and where the seconds come from.
+        basis: What it depends on: model, batch, versions and so on, each as a short text.
     """
 
     rows: int
@@ -246,6 +249,7 @@ class Profile:
     replay_overhead_s: float = 0.0
     unexplained_bytes: int = 0
     source: str = ""
+    basis: Basis = ()
 
     @property
     def update_s(self) -> float:
@@ -284,6 +288,7 @@ class Profile:
         try:
             graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
             data |= {name: StepGraph.from_data(data[name]) for name in _UPDATES}
+            data["basis"] = tuple((name, value) for name, value in data["basis"])
             return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit profile: {error}") from None

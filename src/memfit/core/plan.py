@@ -72,6 +72,16 @@ class Plan:
         """How many tensors are computed again."""
         return len(self.recompute)
 
+    def at_speed(self, factor: float, update_s: float) -> Plan:
+        """The same plan where forward and backward take this many times as long, and the update as before."""
+        return replace(
+            self,
+            predicted_step_s=(self.predicted_step_s - update_s) * factor + update_s,
+            forward_s=self.forward_s * factor,
+            recompute_s=self.recompute_s * factor,
+            lower_bound_s=self.lower_bound_s * factor,
+        )
+
     def __str__(self) -> str:
         """The plan for people."""
         lines = [

@@ -2,6 +2,7 @@
 
     run.json      the options the run was started with, the versions, and the result once there is one
     plan.json     the plan in use (not in a plain run)
+    profile.json  what it was made from, as the first steps have corrected it
     losses.jsonl  one line for each step: {"step", "loss", "seconds"}; the loss is exact
 
 Files that are replaced are replaced whole; the losses grow by whole lines and are cut back on a resume.
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memfit.core.graph import Profile
 from memfit.core.plan import Plan
 from memfit.runtime.state import BadCheckpoint, replace_text
 
@@ -79,9 +81,10 @@ def write_run(folder: Path, content: Mapping[str, Any]) -> None:
     )
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
-    """Writes ``plan.json``."""
+def write_plan(folder: Path, plan: Plan, profile: Profile) -> None:
+    """Writes ``plan.json`` and ``profile.json``."""
     replace_text(folder / "plan.json", plan.to_json())
+    replace_text(folder / "profile.json", profile.to_json())
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -93,6 +96,14 @@ def read_plan(folder: Path) -> Plan | None:
         return Plan.from_json(path.read_text("utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
+
+
+def read_profile(folder: Path) -> Profile | None:
+    """Returns the stored profile; ``None`` if there is none that can be read, for it can be made again."""
+    try:
+        return Profile.from_json((folder / "profile.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _refuse_file(folder: Path) -> None:

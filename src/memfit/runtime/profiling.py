@@ -24,6 +24,7 @@ from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
 from memfit.core.devices import Device, device_named
 from memfit.core.graph import Profile, StepGraph
 from memfit.errors import UnsupportedModel
+from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, check_model, optimizer_state
@@ -105,6 +106,7 @@ def profile(
         replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
         source=_source(points, card),
+        basis=basis_of(job),
     )
 
 
@@ -160,6 +162,7 @@ def _opaque(
         alignment_bytes=_alignment_bytes(place, None),
         unexplained_bytes=_unexplained_bytes(job, place),
         source=f"{part} is compiled and opaque; measured at few rows",
+        basis=basis_of(job),
     )
 
 

@@ -5,13 +5,16 @@ Note [Promise]
     (optimizer state that is not born yet) is added before comparing.
  2. Above the prediction: the difference goes into the profile, and the plan is made again from it.
  3. Where no plan fits then, the old one stays as long as the budget holds.
- 4. Above the budget: the same batch runs again under the new plan, from its start: random streams,
+ 4. The first step after those is timed, and the seconds of profile and plan become those of a real step. The
+    decisions stay: all seconds change by one factor.
+ 5. Above the budget: the same batch runs again under the new plan, from its start: random streams,
     buffers and gradients are put back. The user sees one step.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import parts_for
+from memfit.core.costs import at_speed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
@@ -97,6 +101,7 @@ class Step:
         self._find = find
         self._decisions = decisions_of(plan.recompute, plan.levels)
         self._unverified = _VERIFIED_STEPS
+        self._untimed = True
         self._most_items = 0
 
     def __call__(self, batch: Any) -> Tensor:
@@ -110,10 +115,29 @@ class Step:
         items = sum(tensor.numel() for _, tensor in tensors_of(batch))
         if items > self._most_items:  # longer than any so far: what held for those may not hold for it
             self._most_items, self._unverified = items, max(1, self._unverified)
-        if self._unverified and not torch._C._autograd._profiler_enabled():
+        if torch._C._autograd._profiler_enabled():
+            return self._run(batch)
+        if self._unverified:
             self._unverified -= 1
             return self._run_verified(batch)
+        if self._untimed and rows_of(batch) == self.plan.rows:
+            self._untimed = False
+            return self._run_timed(batch)
         return self._run(batch)
+
+    def _run_timed(self, batch: Any) -> Tensor:
+        """A step by the clock. See Note [Promise] 4."""
+        place = next(self._model.parameters()).device
+        _wait(place)
+        start_s = time.perf_counter()
+        loss = self._run(batch)
+        _wait(place)
+        measured_s = time.perf_counter() - start_s
+        update_s = self.profile.update_s
+        factor = measured_s / max(self.plan.predicted_step_s - update_s, 1e-12)
+        self.profile = at_speed(self.profile, factor)
+        self.plan = self.plan.at_speed(factor, update_s)
+        return loss
 
     def _run(self, batch: Any) -> Tensor:
         """Every micro-batch in turn."""
@@ -203,3 +227,9 @@ class Step:
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes
+
+
+def _wait(place: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)

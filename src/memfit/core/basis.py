@@ -1,0 +1,16 @@
+"""What a profile depends on, by name, and whether that still holds: a stored profile is used only then."""
+
+from __future__ import annotations
+
+Basis = tuple[tuple[str, str], ...]
+
+
+def what_changed(before: Basis, now: Basis) -> str | None:
+    """The first thing that is not as it was, for people; None if everything is."""
+    known = dict(before)
+    for name, value in now:
+        if name not in known:
+            return f"nothing is known of the {name} it was made for"
+        if known[name] != value:
+            return f"the {name} was {known[name]} and is {value}"
+    return None
