@@ -91,11 +91,7 @@ def fit(
         )
     whole_only = owner is not None and micro_batch_size is None
     job = Job(model, loss_fn, batch, optimizer)
-    pinned_size = rows if whole_only else micro_batch_size
-    if profile is None or not _holds(profile, job, pinned_size):
-        profile = record_profile(
-            model, loss_fn, batch, optimizer=optimizer, micro_batch_size=pinned_size, limit_bytes=budget_bytes
-        )
+    profile = _usable(profile, job, rows if whole_only else micro_batch_size, budget_bytes)
     profiled = _uncoupled(profile, pinned=micro_batch_size is not None)
     if owner is not None or any(graph.coupled for graph in profiled.graphs):
         counter = None  # a later, larger batch must not be split either
@@ -106,15 +102,24 @@ def fit(
     return Step(model, loss_fn, find(profiled), profiled, counter=counter, optimizer=optimizer, find=find)
 
 
-def _holds(profile: Profile, job: Job, micro_batch_size: int | None) -> bool:
-    """Whether a stored profile still holds; if not, a warning says why."""
-    changed = what_changed(profile.basis, basis_of(job))
-    sizes = [graph.rows for graph in profile.graphs]
-    if changed is None and micro_batch_size is not None and micro_batch_size not in sizes:
-        changed = f"it holds micro-batches of {sizes} rows, and {micro_batch_size} are asked for"
-    if changed is not None:
+def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limit_bytes: int) -> Profile:
+    """The stored profile if it still holds, with a warning that says why not; else a new one."""
+    if stored is not None:
+        changed = what_changed(stored.basis, basis_of(job))
+        sizes = [graph.rows for graph in stored.graphs]
+        if changed is None and micro_batch_size is not None and micro_batch_size not in sizes:
+            changed = f"it holds micro-batches of {sizes} rows, and {micro_batch_size} are asked for"
+        if changed is None:
+            return stored
         warnings.warn(f"the stored profile is not used: {changed}; profiling again", stacklevel=3)
-    return changed is None
+    return record_profile(
+        job.model,
+        job.loss_fn,
+        job.batch,
+        optimizer=job.optimizer,
+        micro_batch_size=micro_batch_size,
+        limit_bytes=limit_bytes,
+    )
 
 
 def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:

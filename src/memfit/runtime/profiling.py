@@ -22,7 +22,7 @@ from torch import nn
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
 from memfit.core.devices import Device, device_named
-from memfit.core.graph import Profile, StepGraph
+from memfit.core.graph import Profile, Residents, StepGraph
 from memfit.errors import UnsupportedModel
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
@@ -35,7 +35,7 @@ from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
-from memfit.runtime.update import measured
+from memfit.runtime.update import Update, measured
 
 _log = logging.getLogger("memfit")
 
@@ -82,19 +82,7 @@ def profile(
     compiled = compiled_part(model)
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
-    with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
-        recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
-        points = None
-        if real:
-            with contents_of(model):
-                points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
-                if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
-                    _log.info("fake tensors take another way through the model; recording really")
-                    recordings, by_fakes = record_scaled(job, rows, counts), False
-            if optimizer is not None:
-                free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
-                update = measured(update, optimizer, free_bytes)
-    graphs = _priced(recordings, points, by_fakes)
+    graphs, residents, update, points = _recorded(job, place, counts, card, limit_bytes)
     return Profile(
         rows=rows,
         graphs=tuple(graphs),
@@ -108,6 +96,26 @@ def profile(
         source=_source(points, card),
         basis=basis_of(job),
     )
+
+
+def _recorded(
+    job: Job, place: torch.device, counts: tuple[int, ...], card: Device | None, limit_bytes: int | None
+) -> tuple[list[StepGraph], Residents, Update, tuple[Measured, Measured] | None]:
+    """The step at every size and its update, with what was measured, if anything was."""
+    model, rows = job.model, rows_of(job.batch)
+    points = None
+    with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
+        recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
+        if not any(is_fake(p) for p in model.parameters()):
+            with contents_of(model):
+                points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
+                if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
+                    _log.info("fake tensors take another way through the model; recording really")
+                    recordings, by_fakes = record_scaled(job, rows, counts), False
+            if job.optimizer is not None:
+                free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
+                update = measured(update, job.optimizer, free_bytes)
+    return _priced(recordings, points, by_fakes), residents, update, points
 
 
 def _priced(
