@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from memfit.core.devices import Device, Roofline
 from memfit.core.graph import Residents
 from memfit.errors import MemfitError, UnsupportedModel
 from memfit.runtime.batch import tensors_of
+from memfit.runtime.card import CardKernels
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.meter import resident_bytes
@@ -65,7 +66,8 @@ def _record_fakes(
     # Under a fake mode of the caller everything is fake already.
     with faked(job.model, faker), _entered(faker):
         batch = faker.batch(job.batch)
-        recordings = _record_counts(job, batch, rows, counts, device)
+        with nullcontext() if card is None else CardKernels():
+            recordings = _record_counts(job, batch, rows, counts, device)
         prepare_gradients(job.model, resident=True)
         update = Update()
         if job.optimizer is not None:
