@@ -162,6 +162,14 @@ def measured(case: Case) -> tuple[int, Counter[str]]:
     return meter.peak_bytes, counting.seen
 
 
+def all_is_given_back(graph: StepGraph, regions: list[Region]) -> bool:
+    """Whether nothing but the gradients of the plain step is alive after the last op."""
+    last = LogEntry(LogKind.OP, len(graph.ops))
+    longer = replace(graph, ops=(*graph.ops, Op(OpKey("", "look", 0))), log=(*graph.log, last))
+    left = run_regions(longer, regions).moments[-1]
+    return left.total_bytes == left.gradient_bytes == run(longer).moments[-1].gradient_bytes
+
+
 @pytest.mark.parametrize(
     ("every", "options", "cached"),
     [
@@ -191,6 +199,7 @@ def test_torch_peaks_where_the_simulation_says_and_runs_the_same_ops_again(
         unknown_bytes += 0 if any(graph.ops[op].is_random for op in region.ops) else CPU_SEED_BYTES
     assert -256 <= peak_bytes - simulated.peak.total_bytes <= unknown_bytes + CPU_SEED_BYTES
     assert simulated.peak.total_bytes < run(graph).peak.total_bytes
+    assert all_is_given_back(graph, regions)
     assert again - plain == Counter(
         graph.ops[op].key.op for op in simulated.replayed_ops if graph.ops[op].key.op != "appears"
     )
@@ -228,11 +237,7 @@ def test_a_step_without_regions_is_the_plain_step(graph: StepGraph) -> None:
 @settings(max_examples=50)
 @given(graphs_and_regions())
 def test_regions_give_all_their_memory_back(drawn: tuple[StepGraph, list[Region]]) -> None:
-    graph, regions = drawn
-    last = LogEntry(LogKind.OP, len(graph.ops))
-    longer = replace(graph, ops=(*graph.ops, Op(OpKey("", "look", 0))), log=(*graph.log, last))
-    left = run_regions(longer, regions).moments[-1]
-    assert left.total_bytes == left.gradient_bytes == run(longer).moments[-1].gradient_bytes
+    assert all_is_given_back(*drawn)
 
 
 @settings(max_examples=50)
