@@ -94,10 +94,10 @@ class _State:
         self.region = region
         self.stretch: list[LogEntry] = []
         self.unreleased = 0
-        self.is_made = False
+        self.is_open = self.is_made = False
         self.held = [graph.values[value].storage for value in sorted(_arguments(graph, region.ops))]
         self.seed_bytes = max(graph.ops[op].seed_bytes for op in region.ops)
-        self.cached = {op: [graph.values[v].storage for v in graph.ops[op].outputs] for op in region.cached}
+        self.cached: dict[int, list[int]] = {}
 
 
 class _RegionWalk(Walk):
@@ -133,11 +133,13 @@ class _RegionWalk(Walk):
         """An op of the program runs; the first of a region takes hold of its arguments."""
         state = self.state_of.get(index)
         if state is not None and state.unreleased and index == state.region.ops.start:
+            state.is_open = True
             self._hold(state.held)
             self.activations += state.seed_bytes
         super().run_op(index)
-        if state is not None and state.unreleased:
-            self._hold(state.cached.get(index, ()))
+        if state is not None and state.is_open and index in state.region.cached:
+            state.cached[index] = [self.graph.values[v].storage for v in self.graph.ops[index].outputs]
+            self._hold(state.cached[index])
 
     def _hold(self, storages: Iterable[int]) -> None:
         """One holder more for each."""
@@ -169,7 +171,8 @@ class _RegionWalk(Walk):
             self._release(self.copies[save])
         state = self.states[self.homes[save]]
         state.unreleased -= 1
-        if not state.unreleased:
+        if state.is_open and not state.unreleased:
+            state.is_open = False
             self.activations -= state.seed_bytes
             for storages in (state.held, *state.cached.values()):
                 for storage in storages:
