@@ -10,7 +10,8 @@ Note [Regions]
  3. Selective checkpointing holds the outputs of its *cached* ops from the forward on. Run again, the region
     takes them instead of running the op; those beyond the early stop are held until the region is done.
  4. A save packed between two regions belongs to the one with its frame. The graph tells no frame, but the op
-    of the backward that follows an unpack has that of what was unpacked.
+    of the backward that follows an unpack has that of what was unpacked. Where it does not tell, what the op
+    before has made is taken for its save, and anything else for one of the op after.
  5. Three things are left out, all to the good of the regions: a generator state where nothing random runs
     (5 kB on a CPU), arguments that no op reads, and saves of parameters, which the graph does not have and
     which may put off the early stop (only where the last op saves nothing but frozen weights).
@@ -68,10 +69,18 @@ def _save_homes(graph: StepGraph, regions: Sequence[Region]) -> list[int]:
             waiting.append(item)
         elif kind == LogKind.OP:
             for save in waiting:
-                is_earlier = before >= 0 and frames.get(save) == graph.ops[before].key.frame
+                is_earlier = before >= 0 and _is_of_earlier(graph, save, frames.get(save), before, item)
                 homes[save] = region_of.get(before if is_earlier else item, -1)
             before, waiting = item, []
     return homes
+
+
+def _is_of_earlier(graph: StepGraph, save: int, frame: str | None, before: int, after: int) -> bool:
+    """Whether a save packed between two ops is of the former; by its frame if that tells."""
+    earlier, later = graph.ops[before].key.frame, graph.ops[after].key.frame
+    if earlier != later and frame in (earlier, later):
+        return frame == earlier
+    return graph.values[graph.saves[save].value].producer == before
 
 
 def _save_frames(graph: StepGraph) -> dict[int, str]:
