@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memfit
 from memfit.core.graph import Profile
-from memfit.core.segments import read_segments
-from memfit.core.timeline import run
+from memfit.core.strategies import strategies
 from memfit.runtime.fake import fake_tensors
 
 ROWS, TOKENS = 4, 2048
@@ -81,16 +80,9 @@ def plan_row(profile: Profile, share: float) -> dict[str, Any]:
 
 
 def least_over_blocks(profile: Profile) -> float:
-    """Least activation bytes over those of checkpointing every block, which recomputes one as a whole.
-
-    Simulated: while a block is in its backward, the inputs of those before it and all it saves are alive.
-    """
-    (graph,) = profile.graphs
-    inputs_bytes = blocks_bytes = 0
-    for segment in read_segments(graph, alignment_bytes=profile.alignment_bytes):
-        whole_bytes = run(segment.graph, alignment_bytes=profile.alignment_bytes).peak.total_bytes
-        blocks_bytes = max(blocks_bytes, inputs_bytes + whole_bytes + segment.backward_extra_bytes)
-        inputs_bytes += segment.entry_bytes
+    """Least activation bytes over those of every block under ``torch.utils.checkpoint``, both simulated."""
+    every = next(s for s in strategies(profile) if s.family == "every block")
+    blocks_bytes = every.predicted_peak_bytes - profile.residents.total_bytes
     try:
         memfit.find_plan(profile, memory=1)
     except memfit.InfeasibleBudget as refused:

@@ -78,6 +78,20 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert "micro-batches" in table
     assert "1 x 4 rows" in table  # BatchNorm keeps the batch whole
     assert main([*arguments, "--json"]) == 0
-    plans = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    plans = printed["plans"]
     assert len(plans) == 3
     assert plans[0]["predicted_peak_bytes"] < plans[-1]["predicted_peak_bytes"]
+    assert {strategy["name"] for strategy in printed["strategies"]} > {
+        "plain",
+        "every block",
+        "matmuls saved",
+    }
+    assert all(f"{strategy['name']} " in table for strategy in printed["strategies"][:2])
+
+
+def test_the_command_says_where_there_are_no_blocks_to_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frontier", "jobs:tiny", "--plans", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "plain" in table
+    assert "no repeated blocks" in table

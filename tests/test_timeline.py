@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memfit.core import timeline
 from memfit.core.graph import Level, LogEntry, LogKind, Op, OpKey, Profile, StepGraph
-from memfit.core.timeline import Timeline, _Walk, droppable, events, run, update_peak_bytes
+from memfit.core.timeline import Timeline, Walk, droppable, events, run, update_peak_bytes
 from reference import live_bytes, step_peak_bytes
 from strategies import Piece, build, choices, graphs, graphs_and_choices, profiles
 
@@ -180,45 +180,45 @@ def test_a_value_released_in_the_forward_and_saved_again_is_replayed_once() -> N
 # ---- canaries -------------------------------------------------------------------------------------------
 
 
-class ReplayedValuesWeighNothing(_Walk):
+class ReplayedValuesWeighNothing(Walk):
     def _note(self, op: int, is_replay: bool, temporary_bytes: int) -> None:
         self.replayed, replayed = 0, self.replayed
         super()._note(op, is_replay, temporary_bytes)
         self.replayed = replayed
 
 
-class ReplaysNeedNoTemporaries(_Walk):
+class ReplaysNeedNoTemporaries(Walk):
     def _note(self, op: int, is_replay: bool, temporary_bytes: int) -> None:
         super()._note(op, is_replay, 0 if is_replay else temporary_bytes)
 
 
-class TheProgramLetsNothingGo(_Walk):
+class TheProgramLetsNothingGo(Walk):
     def free(self, storage: int) -> None:
         pass
 
 
-class TheBackwardReleasesNothing(_Walk):
+class TheBackwardReleasesNothing(Walk):
     def release(self, save: int) -> None:
         pass
 
 
-class EveryWriteCopies(_Walk):
+class EveryWriteCopies(Walk):
     def _overwritten(self, index: int, output: int) -> int | None:
         return None
 
 
-class GeneratorStatesWeighNothing(_Walk):
+class GeneratorStatesWeighNothing(Walk):
     def __init__(self, graph: StepGraph, dropped: Mapping[int, Level], alignment_bytes: int) -> None:
         ops = tuple(replace(op, seed_bytes=0) for op in graph.ops)
         super().__init__(replace(graph, ops=ops), dropped, alignment_bytes)
 
 
-class RecordsOutliveTheForward(_Walk):
+class RecordsOutliveTheForward(Walk):
     def end_forward(self) -> None:
         pass
 
 
-class BlocksAreNotRounded(_Walk):
+class BlocksAreNotRounded(Walk):
     def __init__(self, graph: StepGraph, dropped: Mapping[int, Level], alignment_bytes: int) -> None:
         super().__init__(graph, dropped, 1)
 
@@ -237,9 +237,9 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_comparing_whole_timelines_kills_a_mutant(
-    mutant: type[_Walk], monkeypatch: pytest.MonkeyPatch
+    mutant: type[Walk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timeline, "_Walk", mutant)
+    monkeypatch.setattr(timeline, "Walk", mutant)
     search = settings(
         max_examples=400, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck)
     )

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,15 @@ import memfit
 from memfit.core.devices import DEVICES
 from memfit.core.devices import Device as Card
 from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
-from memfit.report.terminal import TerminalWatcher, frontier_table, plan_table, plan_verdict, result_table
+from memfit.report.terminal import (
+    TerminalWatcher,
+    frontier_table,
+    plan_table,
+    plan_verdict,
+    result_table,
+    strategy_notes,
+    strategy_table,
+)
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
@@ -187,16 +196,21 @@ def frontier(
     device: PlannedDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what each amount of memory buys for TARGET: the plans that no other one beats."""
+    """Print what each amount of memory buys for TARGET, and what checkpointing by hand would cost."""
     with _interruptible():
         from memfit.api import frontier as find_frontier
+        from memfit.core.strategies import notable, strategies
 
         recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
         found = find_frontier(recorded, micro_batch_size=micro_batch_size, plans=plans)
+        others = strategies(recorded, micro_batch_size=micro_batch_size)
     if as_json:
-        print(json.dumps([json.loads(plan.to_json()) for plan in found]))
+        data = {"plans": [json.loads(p.to_json()) for p in found], "strategies": [asdict(s) for s in others]}
+        print(json.dumps(data))
         return
     _show(frontier_table(found, target))
+    _show(strategy_table(notable(others), found))
+    print(strategy_notes(others))
     print(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, Planner
@@ -40,9 +42,24 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
     return [replace(plan, budget_bytes=plan.predicted_peak_bytes) for plan in undominated(found)]
 
 
-def undominated(plans: list[Plan]) -> list[Plan]:
+class Point(Protocol):
+    """A way to run the step, as far as memory and seconds go."""
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Highest allocated bytes of the whole step."""
+
+    @property
+    def predicted_step_s(self) -> float:
+        """Seconds of the step."""
+
+
+P = TypeVar("P", bound=Point)
+
+
+def undominated(plans: Iterable[P]) -> list[P]:
     """The plans that no other one beats, least memory first."""
-    kept: list[Plan] = []
+    kept: list[P] = []
     for plan in sorted(plans, key=lambda p: (p.predicted_peak_bytes, p.predicted_step_s)):
         if not kept or plan.predicted_step_s < kept[-1].predicted_step_s:
             kept.append(plan)

@@ -113,8 +113,8 @@ def droppable(graph: StepGraph) -> frozenset[int]:
     return frozenset(found)
 
 
-class _Walk:
-    """The reference counting of Note [Simulation], one instance a run."""
+class Walk:
+    """The reference counting of Note [Simulation], one instance a run; ``core/regions.py`` adds to it."""
 
     def __init__(self, graph: StepGraph, levels: Mapping[int, Level], alignment_bytes: int) -> None:
         self.graph = graph
@@ -367,7 +367,12 @@ def run(
     Cost: linear in the log and the replayed ops.
     """
     levels = dropped if isinstance(dropped, Mapping) else dict.fromkeys(dropped, Level())
-    walk = _Walk(graph, levels, alignment_bytes)
+    return play(Walk(graph, levels, alignment_bytes))
+
+
+def play(walk: Walk) -> Run:
+    """Walks through the log of a walk's graph."""
+    graph = walk.graph
     act = {
         LogKind.OP: walk.run_op,
         LogKind.PACK: walk.pack,

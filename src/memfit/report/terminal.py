@@ -19,6 +19,7 @@ from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from memfit.core.plan import Plan
+    from memfit.core.strategies import Strategy
     from memfit.train import RunResult, StepReport
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -73,14 +74,50 @@ def frontier_table(plans: Sequence[Plan], title: str) -> Table:
     fastest_s, slowest_s = (pick(plan.predicted_step_s for plan in plans) for pick in (min, max))
     for plan in plans:
         table.add_row(
-            format_bytes(plan.predicted_peak_bytes),
-            f"{plan.gradient_accumulation_steps} x {plan.micro_batch_size} rows",
-            f"{plan.recompute_s / plan.predicted_step_s:.1%}" if plan.recompute_s else "nothing",
-            format_seconds(plan.predicted_step_s),
+            *_point(plan),
             f"{plan.predicted_step_s / fastest_s:.2f} x",
             "█" * max(1, round(10 * plan.predicted_step_s / slowest_s)),
         )
     return table
+
+
+def strategy_table(strategies: Sequence[Strategy], plans: Sequence[Plan]) -> Table:
+    """Returns what recomputing by hand costs, and the step of the fastest of ``plans`` in the same memory."""
+    table = Table(title="by hand", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("strategy", no_wrap=True)
+    for name in ("memory", "micro-batches", "recomputed", "step", "memfit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for strategy in strategies:
+        within = [p for p in plans if p.predicted_peak_bytes <= strategy.predicted_peak_bytes]
+        there_s = min((plan.predicted_step_s for plan in within), default=None)
+        table.add_row(
+            strategy.name,
+            *_point(strategy),
+            "-" if there_s is None else f"{there_s / strategy.predicted_step_s:.2f} x",
+        )
+    return table
+
+
+def strategy_notes(strategies: Sequence[Strategy]) -> str:
+    """Returns what the table of strategies is about, in a line or two."""
+    blocks = list(dict.fromkeys(strategy.blocks for strategy in strategies if strategy.blocks))
+    if not blocks:
+        return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
+    return (
+        f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}). "
+        "memfit: the step of the best plan above in that memory, over this one. Plans are charged for "
+        "the work of replaying each op, checkpointing for nothing but its ops."
+    )
+
+
+def _point(point: Plan | Strategy) -> tuple[str, str, str, str]:
+    """Returns memory, micro-batches, recomputed and seconds of a way to run the step."""
+    return (
+        format_bytes(point.predicted_peak_bytes),
+        f"{point.gradient_accumulation_steps} x {point.micro_batch_size} rows",
+        f"{point.recompute_s / point.predicted_step_s:.1%}" if point.recompute_s else "nothing",
+        format_seconds(point.predicted_step_s),
+    )
 
 
 def plan_verdict(plan: Plan, title: str) -> str:
