@@ -32,7 +32,9 @@ def test_a_profile_survives_json(profile: Profile) -> None:
 def test_the_json_holds_every_field() -> None:
     """A field that the JSON forgot would come back as its default."""
     graph = replace(PROFILE.graphs[0], coupled=("block.0: aten.native_batch_norm.default",))
-    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), 5, 6.0, 6.5, 7, 8.0, 9, "fake")
+    unusual = Profile(
+        16, (graph,), Residents(1, 2, 3, 4, (1,), (1, 1), (3,), (2, 2)), 5, 6.0, 6.5, 7, 8.0, 9, "fake"
+    )
     assert Profile.from_json(unusual.to_json()) == unusual
     assert set(json.loads(unusual.to_json())) == {field.name for field in fields(Profile)} | {"format"}
     assert set(graph.to_data()) == {field.name for field in fields(StepGraph)}
@@ -128,3 +130,10 @@ def test_a_drawn_step_is_as_consistent_as_a_recorded_one(graph: StepGraph) -> No
         found = [kind for kind, item in graph.log if item == save and kind in order]
         assert found in ([LogKind.PACK, LogKind.RELEASE], list(order))
     assert not any(graph.values[save.value].is_overwritten for save in graph.saves)
+
+
+def test_a_profile_without_the_sizes_of_its_residents_can_still_be_read() -> None:
+    data = json.loads(PROFILE.to_json())
+    for name in [name for name in data["residents"] if name.endswith("_sizes")]:
+        del data["residents"][name]
+    assert Profile.from_json(json.dumps(data)) == PROFILE

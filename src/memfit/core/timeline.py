@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from memfit.core.graph import Level, LogKind, Profile, StepGraph
@@ -36,6 +37,15 @@ class Moment(NamedTuple):
     def total_bytes(self) -> int:
         """The sum over the categories."""
         return self.activation_bytes + self.replayed_bytes + self.gradient_bytes + self.temporary_bytes
+
+
+class BlockKind(Enum):
+    """What a block of memory is for; each kind has its own numbers."""
+
+    STORAGE = "storage"
+    REPLAYED = "replayed value"
+    SEED = "seed of an op"
+    TEMPORARY = "temporaries of an op"
 
 
 class Run(NamedTuple):
@@ -144,12 +154,31 @@ class _Walk:
     def _count(self, storage: int, sign: int) -> None:
         """Adds or removes a storage from its category."""
         size = sign * self.sizes[storage]
+        self._moved(BlockKind.STORAGE, storage, size)
         if self.maker[storage] < self.first_backward:
             self.activations += size
         elif self.graph.storages[storage].persists:
             self.gradients += size
         else:
             self.temporaries += size
+
+    def _count_seed(self, op: int, sign: int) -> None:
+        """Adds or removes the generator state that a replay of an op needs."""
+        size = sign * self.graph.ops[op].seed_bytes
+        self.activations += size
+        self._moved(BlockKind.SEED, op, size)
+
+    def _count_replayed(self, value: int, sign: int) -> None:
+        """Adds or removes the memory of a replayed value."""
+        size = sign * self.sizes[self.graph.values[value].storage]
+        self.replayed += size
+        self._moved(BlockKind.REPLAYED, value, size)
+
+    def _moved(self, kind: BlockKind, item: int, size_bytes: int) -> None:
+        """Told of each block that comes (or, with a negative size, goes), for ``core/reserved.py``."""
+
+    def _took_over(self, old: int, new: int) -> None:
+        """Told that a replayed value has the block of an old version from now on."""
 
     def _release(self, storage: int) -> None:
         """One holder less."""
@@ -166,7 +195,7 @@ class _Walk:
         self._note(index, False, op.temporary_bytes)
         if index < self.first_backward and not self.dropped.isdisjoint(op.outputs):
             self.pending.add(index)
-            self.activations += op.seed_bytes
+            self._count_seed(index, 1)
             for value in op.inputs:
                 if value in self.dropped:
                     self.wanted[value] += 1
@@ -266,8 +295,9 @@ class _Walk:
             old = self._overwritten(index, output)
             if old is not None and self._may_take(old, stays):
                 taken.add(old)
+                self._took_over(old, output)
             else:
-                self.replayed += self.sizes[self.graph.values[output].storage]
+                self._count_replayed(output, 1)
             self.made[output] = True
         state_bytes = op.seed_bytes if stays else 0  # what it used stays while the stream is put back
         self._note(index, True, op.temporary_bytes + state_bytes)
@@ -279,7 +309,7 @@ class _Walk:
             self._finish(index, taken)
         for output in op.outputs:
             if output in doubled or not self.wanted[output]:
-                self.replayed -= self.sizes[self.graph.values[output].storage]
+                self._count_replayed(output, -1)
             elif output in self.passing:
                 self._pass(output)
 
@@ -294,13 +324,13 @@ class _Walk:
         if not self.passing[value]:
             self.made[value] = False
             if not is_taken:
-                self.replayed -= self.sizes[self.graph.values[value].storage]
+                self._count_replayed(value, -1)
 
     def _finish(self, index: int, taken: set[int]) -> None:
         """An op has been replayed for good."""
         op = self.graph.ops[index]
         self.pending.discard(index)
-        self.activations -= op.seed_bytes
+        self._count_seed(index, -1)
         for value in op.inputs:
             if value in taken and value not in self.passing:
                 self.wanted[value] = 0
@@ -327,7 +357,7 @@ class _Walk:
                 continue
             producer = self.graph.values[value].producer
             if self.made[value]:
-                self.replayed -= self.sizes[self.graph.values[value].storage]
+                self._count_replayed(value, -1)
             elif not self.is_forward and self._is_unwanted(producer):
                 stack.extend(self._abandon(producer))
 
@@ -339,7 +369,7 @@ class _Walk:
     def _abandon(self, op: int) -> list[int]:
         """A record nobody needs is gone; returns the dropped values it wanted."""
         self.pending.discard(op)
-        self.activations -= self.graph.ops[op].seed_bytes
+        self._count_seed(op, -1)
         for value in self.graph.ops[op].inputs:
             if value not in self.dropped:
                 self._release(self.graph.values[value].storage)
@@ -365,7 +395,12 @@ def run(
     Cost: linear in the log and the replayed ops.
     """
     levels = dropped if isinstance(dropped, Mapping) else dict.fromkeys(dropped, Level())
-    walk = _Walk(graph, levels, alignment_bytes)
+    return _walked(_Walk(graph, levels, alignment_bytes))
+
+
+def _walked(walk: _Walk) -> Run:
+    """Takes a walk through the whole log."""
+    graph = walk.graph
     act = {
         LogKind.OP: walk.run_op,
         LogKind.PACK: walk.pack,

@@ -20,7 +20,7 @@ from memfit.errors import MemfitError, UnsupportedModel
 from memfit.runtime.batch import tensors_of
 from memfit.runtime.fake import Faker, fake_optimizer, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, optimizer_state, prepare_gradients, record_part
-from memfit.runtime.meter import resident_bytes
+from memfit.runtime.meter import resident_bytes, resident_sizes
 from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
@@ -37,6 +37,7 @@ class Update(NamedTuple):
     peak_bytes: int = 0
     net_bytes: int = 0
     seconds: float = 0.0
+    state_sizes: tuple[int, ...] = ()
 
 
 def record_sizes(
@@ -79,7 +80,7 @@ def _record_fakes(
         prepare_gradients(job.model, resident=True)
         update = Update()
         if job.optimizer is not None:
-            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, device))
+            update = _recorded_update(fake_optimizer(job.optimizer, faker), job.model, device)
         residents = _residents(job, batch, update)
     return recordings, residents, update
 
@@ -131,7 +132,7 @@ def residents_of(job: Job) -> tuple[Residents, Update]:
         prepare_gradients(job.model, resident=True)
         update = Update()
         if job.optimizer is not None:
-            update = Update(*_record_optimizer(fake_optimizer(job.optimizer, faker), job.model, Roofline()))
+            update = _recorded_update(fake_optimizer(job.optimizer, faker), job.model, Roofline())
         residents = _residents(job, faker.batch(job.batch), update)
     return residents, update
 
@@ -173,6 +174,12 @@ def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
     return forward_bytes(graph) == point.made_bytes
 
 
+def _recorded_update(optimizer: torch.optim.Optimizer, model: nn.Module, device: Roofline) -> Update:
+    """What a first ``optimizer.step()`` takes, and the blocks of the state it leaves."""
+    found = _record_optimizer(optimizer, model, device)
+    return Update(*found, state_sizes=resident_sizes(optimizer_state(optimizer)))
+
+
 def _record_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, device: Roofline
 ) -> tuple[int, int, float]:
@@ -207,11 +214,18 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     """What is alive throughout; gradients as they are now."""
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     place = next(job.model.parameters()).device
+    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()])
+    gradient_sizes = resident_sizes(gradients)
+    batch_sizes = resident_sizes(t for _, t in tensors_of(batch) if t.device == place)
     return Residents(
-        parameters_bytes=resident_bytes([*job.model.parameters(), *job.model.buffers()]),
-        gradients_bytes=resident_bytes(gradients),
+        parameters_bytes=sum(parameter_sizes),
+        gradients_bytes=sum(gradient_sizes),
         optimizer_bytes=update.net_bytes,
-        batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
+        batch_bytes=sum(batch_sizes),
+        parameter_sizes=parameter_sizes,
+        gradient_sizes=gradient_sizes,
+        optimizer_sizes=update.state_sizes,
+        batch_sizes=batch_sizes,
     )
 
 
