@@ -126,6 +126,13 @@ def test_the_state_of_the_first_update_makes_the_second_step_reserve_more() -> N
     assert predict_cuda_memory(stateless, plan).reserved_bytes == 14 * MIB
 
 
+def test_gradients_go_at_the_end_of_a_step() -> None:
+    """12 MiB of gradient, and 2 for what is small, however many steps there are."""
+    piece = Piece(sizes=(1,), saves_outputs=(0,), gradient_bytes=12 * MIB)
+    profile = step_of(piece, Residents(0, 12 * MIB, 0, 0))
+    assert predict_cuda_memory(profile, find_plan(profile, memory="1GiB")).reserved_bytes == 14 * MIB
+
+
 def test_expandable_segments_reserve_whole_pages() -> None:
     piece = Piece(sizes=(15 * MIB,), saves_outputs=(0,))
     profile = step_of(piece, Residents(15 * MIB, 0, 0, 0))
