@@ -3,13 +3,16 @@
     python benchmarks/check_cuda.py [--rows 16] [--tokens 1024] [--out FILE]
 
 Each budget is enforced by ``torch.cuda.set_per_process_memory_fraction``, which caps what the allocator
-reserves: the budget plus a stated allowance for its segments. Step times are medians of steps run in turn.
+reserves: the budget plus a stated allowance for its segments. What the allocator requested, allocated and
+reserved in the measured steps stands beside what was predicted of it. Step times are
+medians of steps run in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import memfit
+from memfit.core.reserved import predict_cuda_memory
 
 SHARES = (0.8, 0.6, 0.45, 0.3)  # of the plain activations
 ALLOWANCE = 1.05  # reserved over allocated, plus ALLOWANCE_BYTES: segments are rounded up
@@ -58,6 +62,7 @@ def timed(step: Callable[[], Any], optimizer: torch.optim.Optimizer) -> dict[str
     return {
         "step_s": statistics.median(seconds),
         "measured_bytes": torch.cuda.max_memory_allocated(),
+        "requested_bytes": torch.cuda.memory_stats()["requested_bytes.all.peak"],
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
     }
@@ -97,6 +102,12 @@ def cap(budget_bytes: int | None) -> int:
     return limit
 
 
+def has_expandable_segments() -> bool:
+    """Whether the environment asks the allocator for them, under its new or its old name."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return any("expandable_segments:True" in os.environ.get(name, "") for name in names)
+
+
 def at_budget(
     model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, budget_bytes: int
 ) -> dict[str, Any]:
@@ -110,11 +121,15 @@ def at_budget(
     optimizer.zero_grad()
     found = timed(lambda: step(batch), optimizer)
     plan = step.plan
+    predicted = predict_cuda_memory(step.profile, plan, expandable_segments=has_expandable_segments())
     return found | {
         "what": "memfit",
         "budget_bytes": budget_bytes,
         "cap_bytes": limit,
         "predicted_bytes": plan.predicted_peak_bytes,
+        "predicted_requested_bytes": predicted.requested_bytes,
+        "predicted_allocated_bytes": predicted.allocated_bytes,
+        "predicted_reserved_bytes": predicted.reserved_bytes,
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "recomputed_share_of_forward": plan.recompute_s / plan.forward_s,

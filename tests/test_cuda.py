@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import memfit
+from memfit.core.allocator import CachingAllocator, Memory
+from memfit.runtime.meter import PeakMeter
 
 pytestmark = pytest.mark.cuda
 
@@ -94,3 +97,88 @@ def test_memory_may_be_a_share_of_the_device_or_what_is_free() -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     assert memfit.fit(model, loss_fn, batch, memory="50%", count="rows").plan.budget_bytes <= total // 2 + 1
     assert 0 < memfit.fit(model, loss_fn, batch, count="rows").plan.budget_bytes <= total
+
+
+# ---- the caching allocator -------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def clean() -> Iterator[None]:
+    """Nothing cached before, no cap and the default settings afterwards."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def in_use() -> Memory:
+    """What the allocator says now."""
+    stats = torch.cuda.memory_stats()
+    names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
+    return Memory(*(stats[f"{name}.all.current"] for name in names))
+
+
+def cap(extra_bytes: int) -> None:
+    """Lets the allocator reserve so much more than now."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra_bytes) / total)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("expandable", [False, True])
+def test_the_replayed_allocator_does_what_the_allocator_does(expandable: bool) -> None:
+    """Tensors come and go on a stream of their own, which shares no block with what was there before."""
+    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{expandable}")
+    chance = random.Random(5)
+    replayed = CachingAllocator(expandable_segments=expandable)
+    start = in_use()
+    live: list[tuple[Tensor, int]] = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(400):
+            if live and chance.random() < 0.45:
+                tensor, handle = live.pop(chance.randrange(len(live)))
+                del tensor
+                replayed.free(handle)
+            else:
+                size_bytes = int(2 ** chance.uniform(0, 26))
+                tensor = torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+                live.append((tensor, replayed.allocate(size_bytes)))
+                del tensor
+            now = in_use()
+            assert now.requested_bytes - start.requested_bytes == replayed.requested_bytes
+            assert now.allocated_bytes - start.allocated_bytes == replayed.allocated_bytes
+            assert now.reserved_bytes - start.reserved_bytes == replayed.reserved_bytes
+
+
+@pytest.mark.usefixtures("clean")
+def test_the_meter_counts_how_often_the_allocator_made_room() -> None:
+    """40 MiB are cached when 60 are asked for under a cap of 80."""
+    cap(80 * MIB)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        with PeakMeter("cuda") as meter:
+            torch.empty(40 * MIB, dtype=torch.uint8, device="cuda")
+        assert meter.alloc_retries == 0
+        with PeakMeter("cuda") as meter:
+            torch.empty(60 * MIB, dtype=torch.uint8, device="cuda")
+        assert meter.alloc_retries == 1
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_step_for_which_the_allocator_made_room_did_not_hold() -> None:
+    """The cache is full of a large block of another stream when the verified step begins."""
+    model = mlp()
+    batch = (torch.randn(2048, 512, device="cuda"), torch.randint(0, 10, (2048,), device="cuda"))
+    step = memfit.fit(model, loss_fn, batch, memory="2GiB", count="rows")
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(torch.cuda.Stream()):  # blocks are not shared between streams
+        torch.empty(600 * MIB, dtype=torch.uint8, device="cuda")
+    cap(10 * MIB)
+    step(batch)
+    assert step.verdict is not None
+    assert step.verdict.alloc_retries > 0
+    assert step.verdict.is_within_budget
+    assert not step.verdict.held

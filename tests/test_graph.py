@@ -33,7 +33,8 @@ def test_the_json_holds_every_field() -> None:
     """A field that the JSON forgot would come back as its default."""
     graph = replace(PROFILE.graphs[0], coupled=("block.0: aten.native_batch_norm.default",))
     first, later = flat_update(5, state_bytes=3), flat_update(6, seconds=6.0)
-    unusual = Profile(16, (graph,), Residents(1, 2, 3, 4), first, later, 6.5, 7, 8.0, 9, "fake")
+    residents = Residents(1, 2, 3, 4, (1,), (1, 1), (2, 2))
+    unusual = Profile(16, (graph,), residents, first, later, 6.5, 7, 8.0, 9, "fake", (("torch", "2"),))
     assert Profile.from_json(unusual.to_json()) == unusual
     assert set(json.loads(unusual.to_json())) == {field.name for field in fields(Profile)} | {"format"}
     assert set(graph.to_data()) == {field.name for field in fields(StepGraph)}
@@ -129,3 +130,10 @@ def test_a_drawn_step_is_as_consistent_as_a_recorded_one(graph: StepGraph) -> No
         found = [kind for kind, item in graph.log if item == save and kind in order]
         assert found in ([LogKind.PACK, LogKind.RELEASE], list(order))
     assert not any(graph.values[save.value].is_overwritten for save in graph.saves)
+
+
+def test_a_profile_without_the_sizes_of_its_residents_can_still_be_read() -> None:
+    data = json.loads(PROFILE.to_json())
+    for name in [name for name in data["residents"] if name.endswith("_sizes")]:
+        del data["residents"][name]
+    assert Profile.from_json(json.dumps(data)) == PROFILE

@@ -19,7 +19,7 @@ from memfit.core.graph import Profile
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime import step as step_module
 from memfit.runtime.meter import PeakMeter
-from memfit.runtime.step import Step
+from memfit.runtime.step import Step, Verdict
 from models import LossFn, assert_same, differences, outcome_of
 
 ROWS, WIDTH, VOCABULARY = 12, 16, 11
@@ -447,3 +447,15 @@ def test_steps_with_dropout_differ_from_each_other_as_plain_steps_do() -> None:
     assert_same(outcome_of(model, step(batch)), expected)
     model.zero_grad()
     assert "loss" in differences(outcome_of(model, step(batch)), expected)
+
+
+def test_a_verdict_with_allocation_retries_did_not_hold() -> None:
+    verdict = Verdict(90, 95, 100, 1)
+    assert verdict.held
+    assert "held" in str(verdict)
+    slow = dataclasses.replace(verdict, alloc_retries=2)
+    assert slow.is_within_budget
+    assert not slow.held
+    assert "BROKEN" in str(slow)
+    assert "2 allocation retries" in str(slow)
+    assert not dataclasses.replace(verdict, measured_peak_bytes=101).held

@@ -38,7 +38,9 @@ from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
+    from memfit.core.allocator import Memory as CudaMemory
     from memfit.core.graph import Profile
+    from memfit.core.plan import Plan
 
 EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4
@@ -181,7 +183,7 @@ def plan(
     if as_json:
         print(found.to_json())
         return
-    _show(plan_table(found, target))
+    _show(plan_table(found, target, *_cuda_memory(recorded, found)))
     print(plan_verdict(found, target))
 
 
@@ -261,6 +263,16 @@ def _recorded(
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")
     return recorded, micro_batch_size
+
+
+def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:
+    """What CUDA's allocator will take for a plan, without and with expandable segments; empty on a CPU."""
+    from memfit.core.allocator import MIN_BLOCK_BYTES
+    from memfit.core.reserved import predict_cuda_memory
+
+    if recorded.alignment_bytes != MIN_BLOCK_BYTES:
+        return []
+    return [predict_cuda_memory(recorded, found, expandable_segments=is_on) for is_on in (False, True)]
 
 
 def _card(device: str | None) -> Card | None:

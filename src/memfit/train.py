@@ -116,7 +116,8 @@ class RunResult:
     Attributes:
         measured_peak_bytes: The allocator's account of the metered steps; ``None`` if none was metered.
         median_step_s: Median over the steps of this process that were not metered; ``None`` without any.
-        held: Whether the measured peak is within prediction and budget; ``None`` in a plain run.
+        held: Whether the measured peak is within prediction and budget, and CUDA's allocator never had to
+            make room for it; ``None`` in a plain run.
     """
 
     steps_done: int
@@ -368,6 +369,11 @@ def _verified_bytes(step: Step | None) -> int | None:
     return None if step is None or step.verdict is None else step.verdict.measured_peak_bytes
 
 
+def _retries(step: Step | None) -> int:
+    """Returns how often CUDA's allocator had to make room in the last verified step."""
+    return 0 if step is None or step.verdict is None else step.verdict.alloc_retries
+
+
 def _largest(*values: int | None) -> int | None:
     """Returns the largest of the values that are there."""
     return max((value for value in values if value is not None), default=None)
@@ -380,7 +386,7 @@ def _result(
     plan = None if run.step is None else run.step.plan
     held: bool | None = None
     if plan is not None and measured is not None:
-        held = measured <= plan.predicted_peak_bytes <= plan.budget_bytes
+        held = measured <= plan.predicted_peak_bytes <= plan.budget_bytes and not _retries(run.step)
     return RunResult(
         steps_done=len(losses),
         first_loss=losses[0] if losses else float("nan"),

@@ -299,3 +299,9 @@ def test_on_cuda_the_allocator_is_asked() -> None:
     assert meter.net_bytes == 512
     assert meter.events == ()
     del second
+
+
+def test_a_cpu_has_no_allocation_retries() -> None:
+    with PeakMeter("cpu") as meter:
+        torch.empty(100)
+    assert meter.alloc_retries == 0

@@ -208,12 +208,18 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Residents:
-    """Bytes that live through the whole step, by category."""
+    """Bytes that live through the whole step, by category.
+
+    The sizes say which blocks they lie in, as far as that is known: they matter to what is reserved only.
+    """
 
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     batch_bytes: int
+    parameter_sizes: tuple[int, ...] = ()
+    gradient_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -289,7 +295,9 @@ class Profile:
             graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
             data |= {name: StepGraph.from_data(data[name]) for name in _UPDATES}
             data["basis"] = tuple((name, value) for name, value in data["basis"])
-            return Profile(graphs=graphs, residents=Residents(**data.pop("residents")), **data)
+            residents = data.pop("residents")
+            residents |= {name: tuple(residents[name]) for name in residents if name.endswith("_sizes")}
+            return Profile(graphs=graphs, residents=Residents(**residents), **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit profile: {error}") from None
 

@@ -76,9 +76,10 @@ def strategies(profile: Profile, *, micro_batch_size: int | None = None) -> list
     """
     graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
     choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
+    update_bytes = update_peak_bytes(profile)
     families: dict[str, list[Strategy]] = {}
     for graph in graphs:
-        for strategy in _of_size(Candidate(profile, graph, choices)):
+        for strategy in _of_size(Candidate(profile, graph, choices, update_bytes)):
             families.setdefault(strategy.family, []).append(strategy)
     return [strategy for family in families.values() for strategy in undominated(family)]
 
@@ -136,7 +137,7 @@ def _strategy(candidate: Candidate, family: str, name: str, blocks: str, regions
         blocks=blocks,
         micro_batch_size=graph.rows,
         gradient_accumulation_steps=candidate.steps,
-        predicted_peak_bytes=max(peak_bytes, update_peak_bytes(profile)),
+        predicted_peak_bytes=max(peak_bytes, candidate.update_bytes),
         predicted_step_s=candidate.step_s(recompute_s),
         forward_s=candidate.largest * graph.forward_s,
         recompute_s=candidate.largest * recompute_s,

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from memfit.core.graph import Level, LogKind, Profile, StepGraph
@@ -36,6 +37,15 @@ class Moment(NamedTuple):
     def total_bytes(self) -> int:
         """The sum over the categories."""
         return self.activation_bytes + self.replayed_bytes + self.gradient_bytes + self.temporary_bytes
+
+
+class BlockKind(Enum):
+    """What a block of memory is for; each kind has its own numbers."""
+
+    STORAGE = "storage"
+    REPLAYED = "replayed value"
+    SEED = "seed of an op"
+    TEMPORARY = "temporaries of an op"
 
 
 class Run(NamedTuple):
@@ -144,12 +154,31 @@ class Walk:
     def _count(self, storage: int, sign: int) -> None:
         """Adds or removes a storage from its category."""
         size = sign * self.sizes[storage]
+        self._moved(BlockKind.STORAGE, storage, size)
         if self.maker[storage] < self.first_backward:
             self.activations += size
         elif self.graph.storages[storage].persists:
             self.gradients += size
         else:
             self.temporaries += size
+
+    def _count_seed(self, op: int, sign: int) -> None:
+        """Adds or removes the generator state that a replay of an op needs."""
+        size = sign * self.graph.ops[op].seed_bytes
+        self.activations += size
+        self._moved(BlockKind.SEED, op, size)
+
+    def _count_replayed(self, value: int, sign: int) -> None:
+        """Adds or removes the memory of a replayed value."""
+        size = sign * self.sizes[self.graph.values[value].storage]
+        self.replayed += size
+        self._moved(BlockKind.REPLAYED, value, size)
+
+    def _moved(self, kind: BlockKind, item: int, size_bytes: int) -> None:
+        """Told of each block that comes (or, with a negative size, goes), for ``core/reserved.py``."""
+
+    def _took_over(self, old: int, new: int) -> None:
+        """Told that a replayed value has the block of an old version from now on."""
 
     def _release(self, storage: int) -> None:
         """One holder less."""
@@ -165,7 +194,7 @@ class Walk:
             self._count(storage, 1)
         is_planned = index < self.first_backward and not self.dropped.isdisjoint(op.outputs)
         if is_planned:
-            self.activations += op.seed_bytes
+            self._count_seed(index, 1)
         self._note(index, False, op.temporary_bytes)
         if is_planned:
             self.pending.add(index)
@@ -268,8 +297,9 @@ class Walk:
             old = self._overwritten(index, output)
             if old is not None and self._may_take(old, stays):
                 taken.add(old)
+                self._took_over(old, output)
             else:
-                self.replayed += self.sizes[self.graph.values[output].storage]
+                self._count_replayed(output, 1)
             self.made[output] = True
         state_bytes = op.seed_bytes if stays else 0  # what it used stays while the stream is put back
         self._note(index, True, op.temporary_bytes + op.scratch_bytes + state_bytes)
@@ -281,7 +311,7 @@ class Walk:
             self._finish(index, taken)
         for output in op.outputs:
             if output in doubled or not self.wanted[output]:
-                self.replayed -= self.sizes[self.graph.values[output].storage]
+                self._count_replayed(output, -1)
             elif output in self.passing:
                 self._pass(output)
 
@@ -296,13 +326,13 @@ class Walk:
         if not self.passing[value]:
             self.made[value] = False
             if not is_taken:
-                self.replayed -= self.sizes[self.graph.values[value].storage]
+                self._count_replayed(value, -1)
 
     def _finish(self, index: int, taken: set[int]) -> None:
         """An op has been replayed for good."""
         op = self.graph.ops[index]
         self.pending.discard(index)
-        self.activations -= op.seed_bytes
+        self._count_seed(index, -1)
         for value in op.inputs:
             if value in taken and value not in self.passing:
                 self.wanted[value] = 0
@@ -329,7 +359,7 @@ class Walk:
                 continue
             producer = self.graph.values[value].producer
             if self.made[value]:
-                self.replayed -= self.sizes[self.graph.values[value].storage]
+                self._count_replayed(value, -1)
             elif not self.is_forward and self._is_unwanted(producer):
                 stack.extend(self._abandon(producer))
 
@@ -341,7 +371,7 @@ class Walk:
     def _abandon(self, op: int) -> list[int]:
         """A record nobody needs is gone; returns the dropped values it wanted."""
         self.pending.discard(op)
-        self.activations -= self.graph.ops[op].seed_bytes
+        self._count_seed(op, -1)
         for value in self.graph.ops[op].inputs:
             if value not in self.dropped:
                 self._release(self.graph.values[value].storage)
@@ -416,7 +446,7 @@ def events(
             owner=str(graph.ops[moment.op].key),
             parameters_bytes=residents.parameters_bytes,
             gradients_bytes=resident_gradients + moment.gradient_bytes,
-            optimizer_bytes=_old_state_bytes(profile) if first_step else residents.optimizer_bytes,
+            optimizer_bytes=old_state_bytes(profile) if first_step else residents.optimizer_bytes,
             batch_bytes=residents.batch_bytes,
             activations_bytes=moment.activation_bytes,
             replayed_bytes=moment.replayed_bytes,
@@ -429,7 +459,7 @@ def update_events(profile: Profile, *, first: bool) -> Iterator[Event]:
     """Every moment of ``optimizer.step()``; without an optimizer the one moment after the backward."""
     residents = profile.residents
     graph = profile.first_update if first else profile.update
-    state_bytes = _old_state_bytes(profile) if first else residents.optimizer_bytes
+    state_bytes = old_state_bytes(profile) if first else residents.optimizer_bytes
     moments = run(graph, alignment_bytes=profile.alignment_bytes).moments
     for moment in moments or [_IDLE]:
         yield Event(
@@ -445,7 +475,7 @@ def update_events(profile: Profile, *, first: bool) -> Iterator[Event]:
         )
 
 
-def _old_state_bytes(profile: Profile) -> int:
+def old_state_bytes(profile: Profile) -> int:
     """Bytes of the optimizer's state that are there before the first update."""
     born_bytes = sum(s.size_bytes for s in profile.first_update.storages if s.persists)
     return max(0, profile.residents.optimizer_bytes - born_bytes)

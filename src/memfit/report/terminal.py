@@ -18,6 +18,7 @@ from rich.text import Text
 from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from memfit.core.allocator import Memory
     from memfit.core.plan import Plan
     from memfit.core.strategies import Strategy
     from memfit.train import RunResult, StepReport
@@ -60,9 +61,21 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def plan_table(plan: Plan, title: str) -> Table:
-    """Returns a plan as a table."""
-    return facts(title, plan_facts(plan))
+def plan_table(plan: Plan, title: str, *cuda: Memory) -> Table:
+    """Returns a plan as a table; ``cuda`` is what its allocator takes, then with expandable segments."""
+    rows = plan_facts(plan)
+    if cuda:
+        usual, expandable = cuda
+        at = [name for name, _ in rows].index("predicted peak") + 1
+        requested, allocated, reserved, if_expandable = map(
+            format_bytes,
+            (usual.requested_bytes, usual.allocated_bytes, usual.reserved_bytes, expandable.reserved_bytes),
+        )
+        rows[at:at] = [
+            ("allocator", f"{allocated} allocated ({requested} requested, {reserved} reserved)"),
+            ("", f"{if_expandable} reserved with expandable_segments:True"),
+        ]
+    return facts(title, rows)
 
 
 def frontier_table(plans: Sequence[Plan], title: str) -> Table:

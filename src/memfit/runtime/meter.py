@@ -56,7 +56,16 @@ class PeakMeter:
         ValueError: A device without a meter.
     """
 
-    __slots__ = ("_device", "_entry_bytes", "_events", "_held", "_net_bytes", "_peak_bytes", "_profiler")
+    __slots__ = (
+        "_alloc_retries",
+        "_device",
+        "_entry_bytes",
+        "_events",
+        "_held",
+        "_net_bytes",
+        "_peak_bytes",
+        "_profiler",
+    )
 
     def __init__(self, device: torch.device | str, *, held: Iterable[Tensor] = ()) -> None:
         self._device = torch.device(device)
@@ -70,6 +79,7 @@ class PeakMeter:
         ]
         self._profiler: Any = None
         self._entry_bytes = 0
+        self._alloc_retries = 0
         self._events: tuple[int, ...] = ()
         self._peak_bytes: int | None = None
         self._net_bytes: int | None = None
@@ -90,11 +100,18 @@ class PeakMeter:
         _measured(self._peak_bytes)
         return self._events
 
+    @property
+    def alloc_retries(self) -> int:
+        """How often CUDA's allocator had to give its cache back to serve a request; 0 on a CPU."""
+        _measured(self._peak_bytes)
+        return self._alloc_retries
+
     def __enter__(self) -> Self:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             self._entry_bytes = torch.cuda.memory_allocated(self._device)
+            self._alloc_retries = -_alloc_retries(self._device)
             return self
         if _profiler_enabled():
             raise RuntimeError(
@@ -114,6 +131,7 @@ class PeakMeter:
             torch.cuda.synchronize(self._device)
             self._peak_bytes = max(0, torch.cuda.max_memory_allocated(self._device) - self._entry_bytes)
             self._net_bytes = torch.cuda.memory_allocated(self._device) - self._entry_bytes
+            self._alloc_retries += _alloc_retries(self._device)
             return
         self._held.clear()
         profiler, self._profiler = self._profiler, None
@@ -138,7 +156,12 @@ class PeakMeter:
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:
     """Returns the bytes of the distinct storages behind ``tensors``: ties and views count once."""
-    return sum(storage.nbytes() for storage in _storages(tensors).values())
+    return sum(resident_sizes(tensors))
+
+
+def resident_sizes(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Returns the bytes of each distinct storage behind ``tensors``, in order."""
+    return tuple(storage.nbytes() for storage in _storages(tensors).values())
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int]:
@@ -178,6 +201,11 @@ def set_hard_cap(extra_bytes: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit_bytes = min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
+
+
+def _alloc_retries(device: torch.device) -> int:
+    """Returns the allocator's own count of its retries."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 def _measured(value_bytes: int | None) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.core.allocator import MIN_BLOCK_BYTES
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
 from memfit.core.devices import Device, device_named
@@ -40,7 +41,6 @@ from memfit.runtime.update import Update, measured
 _log = logging.getLogger("memfit")
 
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
-_CUDA_BLOCK_BYTES = 512
 _FEW_NUMBERS_BYTES = 64  # the running loss while the next micro-batch runs, numbers an optimizer counts by
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
@@ -131,7 +131,7 @@ def _priced(
 
 def _alignment_bytes(place: torch.device, card: Device | None) -> int:
     """What an allocator rounds blocks up to: that of the device the step runs on, or is planned for."""
-    return _CUDA_BLOCK_BYTES if place.type == "cuda" or card is not None else 1
+    return MIN_BLOCK_BYTES if place.type == "cuda" or card is not None else 1
 
 
 def _source(points: tuple[Measured, Measured] | None, card: Device | None) -> str:

@@ -18,7 +18,7 @@ from memfit.runtime.batch import tensors_of
 from memfit.runtime.card import CardKernels
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
-from memfit.runtime.meter import resident_bytes
+from memfit.runtime.meter import resident_sizes
 from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import RooflineProbe, probe_for
 from memfit.runtime.record import Recording
@@ -169,11 +169,17 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     """What is alive throughout; gradients as they are now."""
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     place = next(job.model.parameters()).device
+    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()])
+    gradient_sizes = resident_sizes(gradients)
+    batch_sizes = resident_sizes(t for _, t in tensors_of(batch) if t.device == place)
     return Residents(
-        parameters_bytes=resident_bytes([*job.model.parameters(), *job.model.buffers()]),
-        gradients_bytes=resident_bytes(gradients),
+        parameters_bytes=sum(parameter_sizes),
+        gradients_bytes=sum(gradient_sizes),
         optimizer_bytes=update.state_bytes,
-        batch_bytes=resident_bytes(t for _, t in tensors_of(batch) if t.device == place),
+        batch_bytes=sum(batch_sizes),
+        parameter_sizes=parameter_sizes,
+        gradient_sizes=gradient_sizes,
+        batch_sizes=batch_sizes,
     )
 
 

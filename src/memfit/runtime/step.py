@@ -5,10 +5,12 @@ Note [Promise]
     (optimizer state that is not born yet) is added before comparing.
  2. Above the prediction: the difference goes into the profile, and the plan is made again from it.
  3. Where no plan fits then, the old one stays as long as the budget holds.
- 4. The first step after those is timed, and the seconds of profile and plan become those of a real step. The
-    decisions stay: all seconds change by one factor.
+ 4. Retries of CUDA's allocator break the promise too: the device had to be cleared of cached memory. No plan
+    at this budget mends that and the result is right, so it is said, and the step goes on.
  5. Above the budget: the same batch runs again under the new plan, from its start: random streams,
     buffers and gradients are put back. The user sees one step.
+ 6. The first step after those is timed, and the seconds of profile and plan become those of a real step. The
+    decisions stay: all seconds change by one factor.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ _log = logging.getLogger("memfit")
 
 _VERIFIED_STEPS = 2  # the second finds gradients or optimizer state that the first did not have
 _ATTEMPTS = 3
+_CURE_OF_RETRIES = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +53,34 @@ class Verdict:
     Attributes:
         measured_peak_bytes: Of forward and backward; ``optimizer.step()`` is predicted, not measured.
         attempts: How often the batch was run; above 1 a broken promise was mended by planning again.
+        alloc_retries: How often CUDA's allocator found no segment and gave its cache back first: the device
+            is too small for what the step reserves, and the step is slow.
     """
 
     predicted_peak_bytes: int
     measured_peak_bytes: int
     budget_bytes: int
     attempts: int
+    alloc_retries: int = 0
+
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether the measured peak stayed within the budget."""
+        return self.measured_peak_bytes <= self.budget_bytes
 
     @property
     def held(self) -> bool:
-        """Whether the measured peak stayed within the budget."""
-        return self.measured_peak_bytes <= self.budget_bytes
+        """Whether the step stayed within the budget, and the allocator could serve it at once."""
+        return self.is_within_budget and not self.alloc_retries
 
     def __str__(self) -> str:
         """One line for people."""
         word = "held" if self.held else "BROKEN"
-        return (
+        line = (
             f"budget {format_bytes(self.budget_bytes)} {word}: predicted "
             f"{format_bytes(self.predicted_peak_bytes)}, measured {format_bytes(self.measured_peak_bytes)}"
         )
+        return f"{line}, {self.alloc_retries} allocation retries" if self.alloc_retries else line
 
 
 class Step:
@@ -126,7 +138,7 @@ class Step:
         return self._run(batch)
 
     def _run_timed(self, batch: Any) -> Tensor:
-        """A step by the clock. See Note [Promise] 4."""
+        """A step by the clock. See Note [Promise] 6."""
         place = next(self._model.parameters()).device
         _wait(place)
         start_s = time.perf_counter()
@@ -178,10 +190,12 @@ class Step:
         """A step under the meter; see Note [Promise]."""
         snapshot = Snapshot(self._model)
         for attempt in range(1, _ATTEMPTS + 1):
-            loss, measured_bytes = self._metered(batch)
+            loss, measured_bytes, retries = self._metered(batch)
             self.verdict = Verdict(
-                self.plan.predicted_peak_bytes, measured_bytes, self.plan.budget_bytes, attempt
+                self.plan.predicted_peak_bytes, measured_bytes, self.plan.budget_bytes, attempt, retries
             )
+            if retries:
+                _log.warning("%s; give less memory, or set %s", self.verdict, _CURE_OF_RETRIES)
             excess_bytes = measured_bytes - self.plan.predicted_peak_bytes
             if excess_bytes <= 0:
                 return loss
@@ -189,7 +203,7 @@ class Step:
             unexplained_bytes = self.profile.unexplained_bytes + excess_bytes
             self.profile = replace(self.profile, unexplained_bytes=unexplained_bytes)
             mended = self._plan_again()
-            if self.verdict.held:
+            if self.verdict.is_within_budget:
                 return loss
             del loss
             snapshot.restore()
@@ -214,8 +228,8 @@ class Step:
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
 
-    def _metered(self, batch: Any) -> tuple[Tensor, int]:
-        """The loss, and the peak of everything on the device as it will be once the optimizer has stepped."""
+    def _metered(self, batch: Any) -> tuple[Tensor, int, int]:
+        """The loss, the peak of everything on the device once the optimizer has stepped, and the retries."""
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         place = parameters[0].device
@@ -226,7 +240,7 @@ class Step:
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
-        return loss, level_bytes + unborn_bytes + meter.peak_bytes
+        return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
 
 
 def _wait(place: torch.device) -> None:
