@@ -35,9 +35,15 @@ Signature = tuple[Any, ...]
 
 
 def gpt2(layers: int) -> nn.Module:
-    """GPT-2 with its dropout."""
+    """GPT-2 with its dropout. Without a cache, which checkpointing would fill twice."""
     config = GPT2Config(
-        n_layer=layers, n_embd=WIDTH, n_head=8, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
+        n_layer=layers,
+        n_embd=WIDTH,
+        n_head=8,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
     )
     return GPT2LMHeadModel(config).train()
 
