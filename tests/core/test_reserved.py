@@ -18,6 +18,7 @@ from memfit.core.graph import NO_UPDATE, Level, Profile, Residents, StepGraph
 from memfit.core.plan import Planner, find_plan, simulate
 from memfit.core.reserved import moves, predict_cuda_memory
 from memfit.core.timeline import run
+from memfit.runtime.fake import fake_tensors
 from strategies import Piece, build, chains, choices, flat_update, graphs_and_choices, profiles
 
 MIB = 1 << 20
@@ -149,3 +150,16 @@ def test_the_command_line_says_what_a_card_will_reserve(capsys: pytest.CaptureFi
     assert "reserved with expandable_segments:True" in said
     assert main(["plan", "jobs:tiny", "--memory", "1GiB"]) == 0
     assert "reserved" not in capsys.readouterr().out
+
+
+def test_the_residents_of_a_card_are_rounded_as_its_allocator_rounds_them() -> None:
+    """Ten parameters of 12 bytes take ten blocks of 512; so do their gradients, and Adam's two states."""
+    with fake_tensors():
+        model = torch.nn.Sequential(*(torch.nn.Linear(3, 1, bias=False) for _ in range(10)))
+        optimizer = torch.optim.Adam(model.parameters())
+        found = memfit.profile(
+            model[0], lambda m, b: m(b).mean(), torch.zeros(4, 3), optimizer=optimizer, device="h100"
+        )
+    assert found.residents.parameters_bytes == found.residents.gradients_bytes == 512
+    assert found.residents.optimizer_bytes == 10 * 2 * 512 + 10 * 512
+    assert found.residents.batch_bytes == 512

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -225,6 +225,11 @@ class Residents:
     def total_bytes(self) -> int:
         """Their sum."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.batch_bytes
+
+
+def in_blocks(sizes: Iterable[int], block_bytes: int) -> int:
+    """Bytes of some blocks as an allocator rounds them."""
+    return sum(-(-size_bytes // block_bytes) * block_bytes for size_bytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from memfit.core.graph import Level, LogKind, Profile, StepGraph
+from memfit.core.graph import Level, LogKind, Profile, StepGraph, in_blocks
 
 
 class Moment(NamedTuple):
@@ -477,7 +477,8 @@ def update_events(profile: Profile, *, first: bool) -> Iterator[Event]:
 
 def old_state_bytes(profile: Profile) -> int:
     """Bytes of the optimizer's state that are there before the first update."""
-    born_bytes = sum(s.size_bytes for s in profile.first_update.storages if s.persists)
+    born = (storage.size_bytes for storage in profile.first_update.storages if storage.persists)
+    born_bytes = in_blocks(born, profile.alignment_bytes)
     return max(0, profile.residents.optimizer_bytes - born_bytes)
 
 

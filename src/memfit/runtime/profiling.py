@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ from memfit.core.allocator import MIN_BLOCK_BYTES
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
 from memfit.core.devices import Device, device_named
-from memfit.core.graph import Profile, Residents, StepGraph
+from memfit.core.graph import Profile, Residents, StepGraph, in_blocks
 from memfit.errors import UnsupportedModel
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, check_model, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure
-from memfit.runtime.meter import resident_bytes
+from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import LossFn
 from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
@@ -83,14 +84,15 @@ def profile(
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
     graphs, residents, update, points = _recorded(job, place, counts, card, limit_bytes)
+    alignment_bytes = _alignment_bytes(place, None if real else card)
     return Profile(
         rows=rows,
         graphs=tuple(graphs),
-        residents=residents,
+        residents=_in_blocks(residents, update, alignment_bytes),
         first_update=update.first.graph,
         update=update.later.graph,
         fixed_s=_fixed_s(graphs[0], points),
-        alignment_bytes=_alignment_bytes(place, None if real else card),
+        alignment_bytes=alignment_bytes,
         replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
         source=_source(points, card),
@@ -132,6 +134,20 @@ def _priced(
 def _alignment_bytes(place: torch.device, card: Device | None) -> int:
     """What an allocator rounds blocks up to: that of the device the step runs on, or is planned for."""
     return MIN_BLOCK_BYTES if place.type == "cuda" or card is not None else 1
+
+
+def _in_blocks(residents: Residents, update: Update, block_bytes: int) -> Residents:
+    """The residents as the allocator of the device rounds them."""
+    if block_bytes == 1:
+        return residents
+    state = [storage.size_bytes for storage in update.first.graph.storages if storage.persists]
+    return replace(
+        residents,
+        parameters_bytes=in_blocks(residents.parameter_sizes, block_bytes),
+        gradients_bytes=in_blocks(residents.gradient_sizes, block_bytes),
+        optimizer_bytes=residents.optimizer_bytes - sum(state) + in_blocks(state, block_bytes),
+        batch_bytes=in_blocks(residents.batch_sizes, block_bytes),
+    )
 
 
 def _source(points: tuple[Measured, Measured] | None, card: Device | None) -> str:
@@ -198,5 +214,5 @@ def _unexplained_bytes(job: Job, place: torch.device) -> int:
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
-    on_device = resident_bytes(t for t in known if t.device == place)
+    on_device = in_blocks(resident_sizes(t for t in known if t.device == place), MIN_BLOCK_BYTES)
     return max(0, torch.cuda.memory_allocated(place) - on_device) + _FEW_NUMBERS_BYTES
