@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from memfit.core.chain import Chain, Link
+from memfit.core.chain import Link
 from memfit.core.graph import Level, Profile, StepGraph
-from memfit.core.links import Choices, levels_of, read_links
+from memfit.core.ladder import Judged, Ladder
+from memfit.core.links import Choices, read_links
 from memfit.core.milp import Program
 from memfit.core.timeline import Run, base_bytes, run
 
@@ -79,6 +80,11 @@ class Candidate:
         """Peak of a micro-batch under a choice, all included."""
         return self.base_bytes + self.run(dropped).peak.total_bytes
 
+    def judged(self, dropped: Dropped) -> Judged:
+        """A choice with its peak, residents not counted, and its seconds of recomputation."""
+        simulated = self.run(dropped)
+        return Judged(dropped, simulated.peak.total_bytes, self.cost_s(simulated))
+
     def cost_s(self, simulated: Run) -> float:
         """Seconds of recomputation in one micro-batch."""
         ops = self.graph.ops
@@ -97,6 +103,11 @@ class Candidate:
         return read_links(self.graph, self._choices)
 
     @cached_property
+    def ladder(self) -> Ladder:
+        """The plans of the chain."""
+        return Ladder(self.links, self.plain_bytes - self.base_bytes, self.units, self.judged)
+
+    @cached_property
     def program(self) -> Program:
         """The program of the whole graph."""
         return Program(
@@ -113,7 +124,7 @@ class Candidate:
         free_bytes = budget_bytes - self.base_bytes
         bounds = [math.inf]
         if self.links and free_bytes > 0:
-            bounds.append(Chain(self.links, free_bytes, self.units, bound=True).solve())
+            bounds.append(self.ladder.bound_s(free_bytes))
         if self.has_program:
             bound_s = self.program.bound_s(free_bytes)
             bounds.append(math.inf if bound_s is None else bound_s)
@@ -132,36 +143,27 @@ class Candidate:
         if self.plain_bytes <= budget_bytes:
             return _NOTHING
         search = _Search(self, budget_bytes, bound_s)
-        if self.links:
-            search.through_chain()
+        rung = self.ladder.best(search.free_bytes) if self.links and search.free_bytes > 0 else None
+        if rung is not None:
+            search.best, search.best_s = rung.dropped, rung.seconds
         if self.has_program and search.best_s > search.enough_s:
             search.through_program()
         return search.best
 
     def least(self) -> list[Dropped]:
         """Choices of which one peaks lowest, as far as is known."""
-        found = [_NOTHING, *self._least_of_chain()]
+        found = [_NOTHING]
+        if self.links:
+            found += [rung.dropped for rung in self.ladder.least()]
         if self.has_program:
             found += [_single(self.program.least()), _single(self.program.closure(set()))]
-        return found
-
-    def _least_of_chain(self) -> list[Dropped]:
-        """What the chain finds in the least memory it can do with, looked for ever more finely."""
-        memory_bytes = self.plain_bytes - self.base_bytes
-        found: list[Dropped] = []
-        for _ in range(3 if self.links else 0):
-            chain = Chain(self.links, memory_bytes, self.units)
-            least_bytes = chain.least_bytes()
-            if least_bytes is None:
-                break
-            found.append(levels_of(self.links, chain.ways(least_bytes)))
-            memory_bytes = least_bytes + least_bytes // 10
         return found
 
     @property
     def units(self) -> int:
         """How finely the chain counts memory."""
-        return 4000 if len(self.links) <= 50 else 2000
+        links = len(self.links)
+        return 16000 if links <= 16 else 4000 if links <= 50 else 2000
 
 
 class Verdict(NamedTuple):
@@ -200,37 +202,6 @@ class _Search:
         if left_bytes >= 0 and cost_s < self.best_s:
             self.best, self.best_s = dropped, cost_s
         return Verdict(left_bytes, top.op < self.candidate.graph.forward_ops and not top.is_replay)
-
-    def through_chain(self) -> None:
-        """Asks the chain for ever less memory until the answer fits, then halves what lies between.
-
-        What overshoots in the forward alone is asked for again with more for the forward.
-        """
-        links, units = self.candidate.links, self.candidate.units
-        step_bytes = self.free_bytes // (units // 2) + 1
-        less_bytes, in_forward = 0, True
-        fits_bytes = over_bytes = None  # how much less the answers that fit, and do not, were asked for
-        for _ in range(_ATTEMPTS):
-            target_bytes = self.free_bytes if in_forward and less_bytes > 0 else self.free_bytes - less_bytes
-            chain = Chain(links, target_bytes, units, forward_bytes=max(0, less_bytes))
-            verdict = None if math.isinf(chain.solve()) else self.judge(levels_of(links, chain.ways()))
-            if verdict is None or verdict.left_bytes >= 0:
-                fits_bytes = less_bytes
-                left_bytes = 0 if verdict is None else verdict.left_bytes
-            else:
-                over_bytes, left_bytes = less_bytes, verdict.left_bytes
-                in_forward = in_forward and verdict.in_forward
-            is_full = verdict is not None and 0 <= left_bytes < step_bytes and not (in_forward and less_bytes)
-            if self.best_s <= self.enough_s or is_full:
-                break
-            if fits_bytes is None:
-                less_bytes = max(less_bytes - left_bytes, 2 * less_bytes, step_bytes)
-            elif over_bytes is None:
-                less_bytes -= max(left_bytes, step_bytes)
-            elif abs(fits_bytes - over_bytes) <= step_bytes:
-                break
-            else:
-                less_bytes = (fits_bytes + over_bytes) // 2
 
     def through_program(self) -> None:
         """Rounds the relaxation, then solves the program, with less memory where the answer overshoots."""

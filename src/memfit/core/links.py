@@ -26,6 +26,7 @@ class Choices:
     replay_overhead_s: float
     by_class: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
     by_shape: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    by_passing: dict[tuple[str, frozenset[int]], Choice] = field(default_factory=dict)
 
     def of(self, segment: Segment) -> tuple[Choice, ...]:
         """The choices of a segment."""
@@ -40,6 +41,14 @@ class Choices:
             self.by_shape.setdefault(segment.shape_key, found)
         return self.by_class[segment.class_key]
 
+    def passed(self, segment: Segment, dropped: frozenset[int]) -> Choice:
+        """What a segment leaves behind if all of this is dropped."""
+        key = segment.class_key, dropped
+        if key not in self.by_passing:
+            (found,) = tried_choices(segment, [dropped], self.alignment_bytes, self.replay_overhead_s)
+            self.by_passing[key] = found
+        return self.by_passing[key]
+
 
 def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
     """The chain of a graph; empty where it is none."""
@@ -50,6 +59,7 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
         everything = min(known, key=lambda c: (c.kept_bytes, c.peak_bytes, c.seconds))
         following = segments[index + 1] if index + 1 < len(segments) else None
         path = path_to(segment, following)
+        passed = choices.passed(segment, everything.dropped | path)
         ops = {segment.graph.values[value].producer for value in path}
         links.append(
             Link(
@@ -58,7 +68,9 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
                 path=path,
                 again_s=sum(segment.graph.ops[op].seconds + choices.replay_overhead_s for op in ops),
                 everything=everything,
-                stuck_bytes=max(0, everything.kept_bytes - segment.entry_bytes),
+                stuck_bytes=max(0, passed.kept_bytes - segment.entry_bytes),
+                held_bytes=passed.held_bytes,
+                forward_peak_bytes=passed.forward_peak_bytes,
             )
         )
     return tuple(links)

@@ -167,8 +167,14 @@ class Planner:
                 for dropped in self._candidates[end].least()
             ]
             least = min(plans, key=lambda plan: (plan.predicted_peak_bytes, plan.predicted_step_s))
-            self._lowest = replace(least, budget_bytes=least.predicted_peak_bytes)
+            self._lowest = self._certified(least, least.predicted_peak_bytes)
         return self._lowest
+
+    def _certified(self, plan: Plan, budget_bytes: int) -> Plan:
+        """The plan with the bound of a budget."""
+        (candidate,) = (c for c in self._candidates if c.graph.rows == plan.micro_batch_size)
+        bound_s = candidate.largest * candidate.bound_s(budget_bytes)
+        return replace(plan, budget_bytes=budget_bytes, lower_bound_s=min(bound_s, plan.recompute_s))
 
     def least(self, budget_bytes: int) -> Plan:
         """The plan of least peak where it fits.
@@ -179,7 +185,7 @@ class Planner:
         least = self.lowest()
         needed_bytes = least.predicted_peak_bytes
         if needed_bytes <= budget_bytes:
-            return replace(least, budget_bytes=budget_bytes)
+            return self._certified(least, budget_bytes)
         raise InfeasibleBudget(
             f"no plan fits {format_bytes(budget_bytes)} ({budget_bytes:,} B): the smallest memory that works "
             f"is {needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "

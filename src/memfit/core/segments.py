@@ -11,12 +11,15 @@ Note [Segments]
  4. A segment's graph begins with an op that makes its entry, and its backward with one that makes the
     gradients on their way. So what a choice inside it keeps, and its own peak, are a simulation of that
     graph alone; what the rest of the step adds is one number a phase, read off a run that drops nothing.
- 5. Segments that do the same differ only in names: one *class*, worked out once.
+ 5. Its forward ends with an op that does nothing. There the program still holds what it lets go of only after
+    the whole forward (a key-value cache, collected hidden states): dropping that saves nothing until then.
+ 6. Segments that do the same differ only in names: one *class*, worked out once.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -54,6 +57,13 @@ class Segment:
     def entry_bytes(self) -> int:
         """Bytes of the value that crosses into it."""
         return self.graph.size_bytes(0)
+
+    @property
+    def held_entry_bytes(self) -> int:
+        """Bytes of that value if the program holds it as long as the forward runs."""
+        entry, leave = self.graph.values[0].storage, LogEntry(LogKind.OP, self.graph.forward_ops - 1)
+        let_go = self.graph.log[: self.graph.log.index(leave)].count(LogEntry(LogKind.FREE, entry))
+        return 0 if let_go else self.entry_bytes
 
 
 def read_segments(graph: StepGraph, *, alignment_bytes: int) -> tuple[Segment, ...]:
@@ -241,9 +251,11 @@ class _Cutter:
         writer = _Writer(self.graph, self._entry(index) if index else -1, self.droppable)
         self._copy(writer, index, forward)
         outlives = forward.stop != backward.start  # what later segments read is theirs to count
-        for storage in writer.named() if outlives else []:
-            if self.freed_at.get(storage, len(self.graph.log)) < self.backward_start:
-                writer.free(storage)
+        if outlives:
+            self._free_until(writer, self.op_positions[self.graph.forward_ops - 1])
+        writer.leave()
+        if outlives:
+            self._free_until(writer, self.backward_start)
         arriving = [
             item
             for kind, item in (self.graph.log[position] for position in backward)
@@ -253,6 +265,12 @@ class _Cutter:
         self._copy(writer, index, backward)
         writer.release_the_rest()
         return writer.segment()
+
+    def _free_until(self, writer: _Writer, position: int) -> None:
+        """Lets go of what the program lets go of before a position in the log."""
+        for storage in writer.named():
+            if self.freed_at.get(storage, len(self.graph.log)) < position:
+                writer.free(storage)
 
     def _copy(self, writer: _Writer, index: int, stretch: range) -> None:
         """Writes what a stretch of the log says of one segment."""
@@ -354,6 +372,10 @@ class _Writer:
                 self.unreleased.pop(save, None)
             self.log.append(LogEntry(kind, self.save_numbers[save]))
 
+    def leave(self) -> None:
+        """The forward leaves the segment. See Note [Segments] 5."""
+        self._append(Op(OpKey("", "memfit.leave", 0)))
+
     def arrive(self, storages: Sequence[int]) -> None:
         """The backward begins, with gradients on their way."""
         self.forward_ops = len(self.ops)
@@ -390,13 +412,18 @@ class _Writer:
 def _class_key(graph: StepGraph) -> str:
     """Everything about a segment but the names of its modules."""
     ops = [replace(op, key=OpKey("", op.key.op, 0)) for op in graph.ops]
-    return repr((ops, graph.storages, graph.values, graph.saves, graph.log, graph.forward_ops))
+    return _digest((ops, graph.storages, graph.values, graph.saves, graph.log, graph.forward_ops))
 
 
 def _shape_key(graph: StepGraph) -> str:
     """What the forward of a segment does, whatever its sizes."""
     ops = [(op.key.op, op.inputs, op.outputs) for op in graph.ops[: graph.forward_ops]]
-    return repr((ops, [save.value for save in graph.saves]))
+    return _digest((ops, [save.value for save in graph.saves]))
+
+
+def _digest(facts: object) -> str:
+    """A short text that is equal for equal facts."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # ---- the rest of the step ------------------------------------------------------------------------
@@ -428,13 +455,20 @@ def _with_extras(graph: StepGraph, segments: list[Segment], alignment_bytes: int
 
 
 def _own_moments(segment: Segment, own: Run) -> tuple[list[int], list[int]]:
-    """Bytes at each op of the step, without the two ops that a segment's graph adds."""
+    """Bytes at each op of the step, without the three ops that a segment's graph adds."""
     forward_ops = segment.graph.forward_ops
     totals = [moment.total_bytes for moment in own.moments if not moment.is_replay]
-    return totals[1:forward_ops], totals[forward_ops + 1 :]
+    return totals[1 : forward_ops - 1], totals[forward_ops + 1 :]
 
 
 def kept_after_forward(segment: Segment, own: Run) -> int:
     """What a segment still holds when the forward has left it."""
     arrive = segment.graph.forward_ops
     return next(m.activation_bytes for m in own.moments if m.op == arrive and not m.is_replay)
+
+
+def held_until_then(segment: Segment, own: Run) -> int:
+    """What is there beside that as long as the forward runs: what the program holds, records in vain."""
+    leave = segment.graph.forward_ops - 1
+    left = next(m.activation_bytes for m in own.moments if m.op == leave and not m.is_replay)
+    return left - kept_after_forward(segment, own)
