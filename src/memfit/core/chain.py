@@ -44,7 +44,8 @@ class Link:
 
     Attributes:
         path: The values of the segment's graph from which the entry of the next is made, and that entry.
-        again_s: Seconds to make them again.
+        again_s: Seconds to make them again, and what each choice keeps.
+        pass_s: Seconds to make them again and keep nothing.
         everything: The choice that keeps least.
         stuck_bytes: What is kept beside the entry if everything is dropped: generator states, results of ops
             that cannot be run again.
@@ -55,7 +56,8 @@ class Link:
     segment: Segment
     choices: tuple[Choice, ...]
     path: frozenset[int]
-    again_s: float
+    again_s: tuple[float, ...]
+    pass_s: float
     everything: Choice
     stuck_bytes: int
     held_bytes: int
@@ -98,12 +100,13 @@ class _Stretch(NamedTuple):
 class _Option(NamedTuple):
     """A choice with its sizes: in units, ``held`` in layers."""
 
-    index: int
+    which: int
     kept: int
     peak: int
     forward_peak_bytes: int
     held: int
     seconds: float
+    again_s: float
 
 
 class _Leap(NamedTuple):
@@ -130,7 +133,9 @@ class Chain:
     times their number more.
     """
 
-    def __init__(self, links: Sequence[Link], memory_bytes: float, units: int, *, bound: bool = False) -> None:
+    def __init__(
+        self, links: Sequence[Link], memory_bytes: float, units: int, *, bound: bool = False
+    ) -> None:
         self._links = links
         self._units = units
         self._unit_bytes = memory_bytes / units
@@ -148,12 +153,13 @@ class Chain:
         s = link.segment
         return [
             _Option(
-                index=index,
+                which=index,
                 kept=self._in_units(c.kept_bytes),
                 peak=self._in_units(max(c.peak_bytes + s.backward_extra_bytes, c.kept_bytes)),
                 forward_peak_bytes=c.forward_peak_bytes + s.forward_extra_bytes,
                 held=self._in_layers(c.held_bytes),
                 seconds=c.seconds,
+                again_s=link.again_s[index],
             )
             for index, c in enumerate(link.choices)
         ]
@@ -182,20 +188,22 @@ class Chain:
                 self._again[s, s + length - 1] = self._run_again(s, s + length - 1)
         for s in range(last, -1, -1):
             self._first[s] = self._enter(s)
-        return self._first[0][0]
+        seconds: FloatArray = self._first[0][0]
+        return seconds
 
     def _never(self) -> FloatArray:
         return np.full(self._units + 1, np.inf)
 
-    def _choose(self, s: int, layer: int, rest: FloatArray | None) -> FloatArray:
+    def _choose(self, s: int, layer: int, rest: FloatArray | None, *, again: bool = False) -> FloatArray:
         """The least seconds if a segment takes one of its choices; ``rest`` is what follows it, by layer."""
         best = self._never()
         for option in self._tables[s]:
+            seconds = option.seconds + (option.again_s if again else 0.0)
             least = self._least(option, layer)
             if least <= self._units:
                 ahead = None if rest is None else rest[min(layer + option.held, len(rest) - 1)]
                 after = 0.0 if ahead is None else ahead[least - option.kept : self._units + 1 - option.kept]
-                np.minimum(best[least:], after + option.seconds, out=best[least:])
+                np.minimum(best[least:], after + seconds, out=best[least:])
         return best
 
     def _leaps(self, s: int, t: int, is_first: bool) -> Iterator[_Leap]:
@@ -209,7 +217,7 @@ class Chain:
             is_inner = to - 1 > s
             kept_bytes += link.stuck_bytes + (0 if is_inner else link.segment.entry_bytes)
             held_bytes += link.held_bytes + (link.segment.held_entry_bytes if is_inner else 0)
-            run_s += 0.0 if is_first else link.again_s
+            run_s += 0.0 if is_first else link.pass_s
             kept = self._in_units(kept_bytes)
             if kept > self._units:
                 return
@@ -224,12 +232,13 @@ class Chain:
                 link.everything.seconds
             )
             return best
-        best = self._choose(s, 0, self._again[s + 1, t][np.newaxis]) + link.again_s
+        best = self._choose(s, 0, self._again[s + 1, t][np.newaxis], again=True)
         for leap in self._leaps(s, t, False):
             ahead = self._again[leap.to, t][: self._units + 1 - leap.kept]
             whole = ahead + self._again[s, leap.to - 1][leap.kept :]
             np.minimum(best[leap.kept :], whole + leap.run_s, out=best[leap.kept :])
         return best
+
     def _enter(self, s: int) -> FloatArray:
         """``first[s]``, a row a layer."""
         last = len(self._links) - 1
@@ -249,7 +258,8 @@ class Chain:
     def _ahead(self, leap: _Leap, layer: int) -> FloatArray:
         """``first`` of the segment a jump lands on."""
         table = self._first[leap.to]
-        return table[min(layer + leap.held, len(table) - 1)]
+        ahead: FloatArray = table[min(layer + leap.held, len(table) - 1)]
+        return ahead
 
     # ---- the way back -------------------------------------------------------------------------------
 
@@ -276,11 +286,11 @@ class Chain:
             found[s] = Way(link.everything, t, entry_for)
             return []
         options: list[tuple[float, int, int, _Stretch]] = []
-        again_s = 0.0 if is_first else link.again_s
         for option in self._tables[s]:
             if self._least(option, layer) <= memory:
                 rest = _Stretch(s + 1, t, memory - option.kept, layer + option.held, is_first)
-                options.append((self._ahead_s(rest) + option.seconds + again_s, 0, option.index, rest))
+                seconds = option.seconds + (0.0 if is_first else option.again_s)
+                options.append((self._ahead_s(rest) + seconds, 0, option.which, rest))
         for leap in self._leaps(s, t, is_first):
             least = max(leap.kept, self._in_forward(leap.forward_peak_bytes, layer) if is_first else 0)
             if least <= memory:

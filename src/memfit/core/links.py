@@ -60,13 +60,16 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
         following = segments[index + 1] if index + 1 < len(segments) else None
         path = path_to(segment, following)
         passed = choices.passed(segment, everything.dropped | path)
-        ops = {segment.graph.values[value].producer for value in path}
         links.append(
             Link(
                 segment=segment,
                 choices=known,
                 path=path,
-                again_s=sum(segment.graph.ops[op].seconds + choices.replay_overhead_s for op in ops),
+                again_s=tuple(
+                    again_s(segment, path, everything.dropped, choice, choices.replay_overhead_s)
+                    for choice in known
+                ),
+                pass_s=again_s(segment, path, everything.dropped, everything, choices.replay_overhead_s),
                 everything=everything,
                 stuck_bytes=max(0, passed.kept_bytes - segment.entry_bytes),
                 held_bytes=passed.held_bytes,
@@ -90,6 +93,20 @@ def path_to(segment: Segment, following: Segment | None) -> frozenset[int]:
             found.add(value)
             stack.extend(producer.inputs)
     return frozenset(found)
+
+
+def again_s(
+    segment: Segment, path: frozenset[int], most: frozenset[int], choice: Choice, overhead_s: float
+) -> float:
+    """Seconds to run a segment again up to the next entry, keeping what a choice keeps."""
+    graph = segment.graph
+    stack, ops = [*path, *(most - choice.dropped)], set[int]()
+    while stack:
+        producer = graph.values[stack.pop()].producer
+        if producer not in ops:
+            ops.add(producer)
+            stack.extend(v for v in graph.ops[producer].inputs if v in most or v in path)
+    return sum(graph.ops[op].seconds + overhead_s for op in sorted(ops))
 
 
 def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:

@@ -206,7 +206,7 @@ def _faster(best: Plan | None, candidate: Candidate, budget_bytes: int) -> Plan 
     bound_s = candidate.bound_s(budget_bytes)
     if candidate.step_s(bound_s) >= limit_s:
         return best
-    dropped = candidate.solve(budget_bytes, bound_s)
+    dropped = candidate.solve(budget_bytes)
     if dropped is None:
         return best
     found = _plan(candidate, dropped, budget_bytes, bound_s)
