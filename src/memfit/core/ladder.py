@@ -140,7 +140,11 @@ class ChainLadder:
 
     def least(self) -> list[Judged]:
         """The lowest rungs of the last two tables, that of least peak first."""
-        tables = [table for table, _ in self._tables_from(self._most_bytes)][-2:]
+        coarse = self._table(self._most_bytes, False)
+        if coarse.least_unit is None:
+            return []
+        about_bytes = _LEAST * (coarse.least_unit + 1) * coarse.unit_bytes
+        tables = [table for table, _ in self._tables_from(min(about_bytes, self._most_bytes))][-2:]
         found = [self._rung(table, table.least_unit) for table in tables if table.least_unit is not None]
         return sorted(found, key=lambda rung: (rung.peak_bytes, rung.seconds))
 

@@ -158,6 +158,8 @@ class Planner:
     def lowest(self) -> Plan:
         """The plan of least peak. See Note [Search] 4."""
         if self._lowest is None:
+            for candidate in self._candidates:
+                _ = candidate.links  # alike segments share choices: in one order, whatever is asked for first
             # Not a set: its order, and with it the choice between equals, would differ from run to run.
             sizes = [candidate.graph.rows for candidate in self._candidates]
             ends = dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))
