@@ -1,9 +1,10 @@
-"""Checkmate's program over whole schedules, as an oracle: which op runs in which stage, what is kept in between.
+"""Checkmate's program over whole schedules, as an oracle: which op runs in which stage, what is kept.
 
-Source: Jain et al., arXiv:1910.02653. ``R[t, i]``: op i runs in stage t; ``S[t, i]``: its value is kept from the
-stage before; liveness within a stage is a variable bounded from below by what is still to come, in place of
-their FREE. Every op may run any number of times, so no plan can be faster. Ops have one output each, none
-writes in place, and none has a generator state. A stage is a forward op, an unpacked save, or a backward op.
+Source: Jain et al., arXiv:1910.02653. ``R[t, i]``: op i runs in stage t; ``S[t, i]``: its value is kept from
+the stage before; what is alive within a stage is a variable bounded from below by what is still to come, in
+place of their FREE. Every op may run any number of times, so no plan can be faster. Ops have one output
+each, none writes in place, and none has a generator state. A stage is a forward op, an unpacked save, or a
+backward op.
 """
 
 from __future__ import annotations

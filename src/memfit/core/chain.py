@@ -199,7 +199,7 @@ class Chain:
         best = self._never()
         for option in self._tables[s]:
             seconds = option.seconds + (option.again_s if again else 0.0)
-            least = self._least(option, layer)
+            least = option.peak if again else self._least(option, layer)
             if least <= self._units:
                 ahead = None if rest is None else rest[min(layer + option.held, len(rest) - 1)]
                 after = 0.0 if ahead is None else ahead[least - option.kept : self._units + 1 - option.kept]
@@ -228,9 +228,7 @@ class Chain:
         link = self._links[s]
         if s == t:
             best = self._never()
-            best[self._least(self._tables[s][link.choices.index(link.everything)], 0) :] = (
-                link.everything.seconds
-            )
+            best[self._tables[s][link.choices.index(link.everything)].peak :] = link.everything.seconds
             return best
         best = self._choose(s, 0, self._again[s + 1, t][np.newaxis], again=True)
         for leap in self._leaps(s, t, False):
@@ -287,7 +285,7 @@ class Chain:
             return []
         options: list[tuple[float, int, int, _Stretch]] = []
         for option in self._tables[s]:
-            if self._least(option, layer) <= memory:
+            if (self._least(option, layer) if is_first else option.peak) <= memory:
                 rest = _Stretch(s + 1, t, memory - option.kept, layer + option.held, is_first)
                 seconds = option.seconds + (0.0 if is_first else option.again_s)
                 options.append((self._ahead_s(rest) + seconds, 0, option.which, rest))

@@ -117,7 +117,9 @@ class ChainLadder:
 
     def bound_s(self, free_bytes: int) -> float:
         """No way through the chain within some memory takes fewer seconds; infinite if there is none."""
-        *_, table = (t for t, _ in self._tables_from(free_bytes, bound=True) if t.memory_bytes >= free_bytes)
+        table = self._table(self._octave_bytes(free_bytes), True)
+        if table.last_bytes is not None and free_bytes <= table.last_bytes:
+            table = self._table(table.last_bytes, True)
         return float(table.seconds[min(self._units, math.ceil(free_bytes / table.unit_bytes))])
 
     def best(self, free_bytes: int) -> Judged | None:
@@ -161,20 +163,25 @@ class ChainLadder:
             self._judged[key] = self._judge(levels_of(self._links, table.chain.ways(unit)))
         return self._judged[key]
 
-    def _tables_from(self, memory_bytes: float, *, bound: bool = False) -> Iterator[tuple[_Table, float]]:
+    def _tables_from(self, memory_bytes: float) -> Iterator[tuple[_Table, float]]:
         """The tables for some memory and for less, each with the memory down to which its rungs count."""
-        halvings = max(0, math.floor(math.log2(self._most_bytes / memory_bytes)))
+        octave_bytes = self._octave_bytes(memory_bytes)
         while True:
-            table = self._table(self._most_bytes / 2**halvings, bound)
+            table = self._table(octave_bytes, False)
             last_bytes = table.last_bytes
             if last_bytes is not None:
                 yield table, last_bytes
-                yield self._table(last_bytes, bound), 0.0
+                yield self._table(last_bytes, False), 0.0
                 return
-            yield table, _OVERLAP * table.memory_bytes / 2
+            yield table, _OVERLAP * octave_bytes / 2
             if table.least_unit is None:
                 return
-            halvings += 1
+            octave_bytes /= 2
+
+    def _octave_bytes(self, memory_bytes: float) -> float:
+        """All the memory, or half, or half of that: the least that is enough."""
+        halvings = max(0, math.floor(math.log2(self._most_bytes / memory_bytes)))
+        return float(self._most_bytes / 2**halvings)
 
     def _table(self, memory_bytes: float, bound: bool) -> _Table:
         """A table, solved once."""
