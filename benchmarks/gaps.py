@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/gaps.py [--out FILE]
 
 Models are traced on fake tensors and their seconds are a roofline, so the plans do not depend on the
-machine; only the CPU seconds do. Budgets lie at equal ratios of the memory above the residents, from the least
-that works to no recomputation.
+machine; only the CPU seconds do. Budgets lie at equal ratios of the memory above the residents, from the
+least that works to no recomputation.
 """
 
 from __future__ import annotations

@@ -148,4 +148,4 @@ class Candidate:
     def units(self) -> int:
         """How finely the chain counts memory."""
         links = len(self.links)
-        return 16000 if links <= 16 else 8000 if links <= 50 else 2000
+        return 12000 if links <= 16 else 6000 if links <= 50 else 1600
