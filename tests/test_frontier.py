@@ -23,7 +23,7 @@ FEW = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(profiles(6, tidy=True), chains(6)))
 def test_more_memory_is_faster_and_less_memory_peaks_lower(profile: Profile) -> None:
     found = frontier(profile, plans=6)
-    for one, two in pairwise(found):
+    for one, two in pairwise(found):  # by undominated(); that planning itself is so: tests/test_ladder.py
         assert one.predicted_peak_bytes < two.predicted_peak_bytes
         assert one.predicted_step_s > two.predicted_step_s
     for plan in found:

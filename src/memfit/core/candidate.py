@@ -5,39 +5,27 @@ Note [Two planners]
     and it can recompute in levels. Any other graph is one program (``core/milp.py``). A chain that is
     small, or of which most segments are unlike or short, is both: the program may drop what a chain
     keeps, entries and long skips.
- 2. Either makes proposals, and ``core/timeline.py`` judges them. What overshoots is asked for again with
-    less memory; between what overshot and what fitted the chain halves.
+ 2. Either makes proposals on a ladder of memories (``core/ladder.py``), and ``core/timeline.py`` judges them.
  3. Each bounds from below what a plan of its kind recomputes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from memfit.core.chain import Chain, Link
-from memfit.core.graph import Level, Profile, StepGraph
-from memfit.core.links import Choices, levels_of, read_links
+from memfit.core.chain import Link
+from memfit.core.graph import Profile, StepGraph
+from memfit.core.ladder import ChainLadder, Dropped, Judged, ProgramLadder
+from memfit.core.links import Choices, read_links
 from memfit.core.milp import Program
 from memfit.core.timeline import Run, base_bytes, run
 
-Dropped = Mapping[int, Level]
-
 _WINDOW = 24  # slots: about a layer and a half of a transformer
-_GOOD_ENOUGH = 1e-3  # of a step: below the noise of any measured time
-_ATTEMPTS = 8
 _FEW_OPS = 150  # of a forward: a program of so few takes no time
 _MOST_OPS = 300  # beyond, it takes too long
 _SHORT_OPS = 8  # a chain of shorter segments keeps too many entries
 _NOTHING: Dropped = {}
-
-
-def _single(dropped: frozenset[int]) -> Dropped:
-    """Values that are made once each."""
-    return dict.fromkeys(sorted(dropped), Level())
 
 
 class Candidate:
@@ -80,6 +68,11 @@ class Candidate:
         """Peak of a micro-batch under a choice, all included."""
         return self.base_bytes + self.run(dropped).peak.total_bytes
 
+    def judged(self, dropped: Dropped) -> Judged:
+        """A choice with its peak, residents not counted, and its seconds of recomputation."""
+        simulated = self.run(dropped)
+        return Judged(dropped, simulated.peak.total_bytes, self.cost_s(simulated))
+
     def cost_s(self, simulated: Run) -> float:
         """Seconds of recomputation in one micro-batch."""
         ops = self.graph.ops
@@ -98,14 +91,20 @@ class Candidate:
         return read_links(self.graph, self._choices)
 
     @cached_property
-    def program(self) -> Program:
-        """The program of the whole graph."""
-        return Program(
+    def chain_ladder(self) -> ChainLadder:
+        """The plans of the chain."""
+        return ChainLadder(self.links, self.plain_bytes - self.base_bytes, self.units, self.judged)
+
+    @cached_property
+    def program_ladder(self) -> ProgramLadder:
+        """The plans of the program of the whole graph."""
+        program = Program(
             self.graph,
             alignment_bytes=self.profile.alignment_bytes,
             replay_overhead_s=self.profile.replay_overhead_s,
             window=_WINDOW,
         )
+        return ProgramLadder(program, self.plain_bytes - self.base_bytes, self.judged)
 
     def bound_s(self, budget_bytes: int) -> float:
         """No plan of the kind recomputes less in a micro-batch; infinite if none can fit."""
@@ -114,10 +113,9 @@ class Candidate:
         free_bytes = budget_bytes - self.base_bytes
         bounds = [math.inf]
         if self.links and free_bytes > 0:
-            bounds.append(Chain(self.links, free_bytes, self.units, bound=True).solve())
-        if self.has_program:
-            bound_s = self.program.bound_s(free_bytes)
-            bounds.append(math.inf if bound_s is None else bound_s)
+            bounds.append(self.chain_ladder.bound_s(free_bytes))
+        if self.has_program and free_bytes > 0:
+            bounds.append(self.program_ladder.bound_s(free_bytes))
         return min(bounds)
 
     @property
@@ -128,139 +126,27 @@ class Candidate:
         are_short = ops < _SHORT_OPS * segments
         return not segments or ops <= _FEW_OPS or (ops <= _MOST_OPS and (are_unlike or are_short))
 
-    def solve(self, budget_bytes: int, bound_s: float) -> Dropped | None:
+    def solve(self, budget_bytes: int) -> Dropped | None:
         """The fastest choice found that fits, None if none was."""
         if self.plain_bytes <= budget_bytes:
             return _NOTHING
-        search = _Search(self, budget_bytes, bound_s)
-        if self.links:
-            search.through_chain()
-        if self.has_program and search.best_s > search.enough_s:
-            search.through_program()
-        return search.best
+        free_bytes = budget_bytes - self.base_bytes
+        if free_bytes <= 0:
+            return None
+        best = self.chain_ladder.best(free_bytes) if self.links else None
+        if self.has_program:
+            best = self.program_ladder.best(free_bytes, best)
+        return None if best is None else best.dropped
 
     def least(self) -> list[Dropped]:
         """Choices of which one peaks lowest, as far as is known."""
-        found = [_NOTHING, *self._least_of_chain()]
+        found = self.chain_ladder.least() if self.links else []
         if self.has_program:
-            found += [_single(self.program.least()), _single(self.program.closure(set()))]
-        return found
-
-    def _least_of_chain(self) -> list[Dropped]:
-        """What the chain finds in the least memory it can do with, looked for ever more finely."""
-        memory_bytes = self.plain_bytes - self.base_bytes
-        found: list[Dropped] = []
-        for _ in range(3 if self.links else 0):
-            chain = Chain(self.links, memory_bytes, self.units)
-            least_bytes = chain.least_bytes()
-            if least_bytes is None:
-                break
-            found.append(levels_of(self.links, chain.ways(least_bytes)))
-            memory_bytes = least_bytes + least_bytes // 10
-        return found
+            found += self.program_ladder.least()
+        return [_NOTHING, *(choice.dropped for choice in found)]
 
     @property
     def units(self) -> int:
         """How finely the chain counts memory."""
-        return 4000 if len(self.links) <= 50 else 2000
-
-
-class Verdict(NamedTuple):
-    """What the simulation says of a choice: bytes left over (negative: lacking), and where its peak is."""
-
-    left_bytes: int
-    in_forward: bool
-
-
-@dataclass(slots=True)
-class _Search:
-    """Proposals for one candidate, judged one by one; the best so far."""
-
-    candidate: Candidate
-    budget_bytes: int
-    bound_s: float
-    best: Dropped | None = None
-    best_s: float = math.inf
-
-    @property
-    def free_bytes(self) -> int:
-        """What is left for one micro-batch beside what is always there."""
-        return self.budget_bytes - self.candidate.base_bytes
-
-    @property
-    def enough_s(self) -> float:
-        """Nothing faster is worth looking for."""
-        return self.bound_s + _GOOD_ENOUGH * self.candidate.step_s(self.bound_s) / self.candidate.steps
-
-    def judge(self, dropped: Dropped) -> Verdict:
-        """Simulates a choice; remembers it if it fits and is the fastest."""
-        simulated = self.candidate.run(dropped)
-        top = simulated.peak
-        left_bytes = self.free_bytes - top.total_bytes
-        cost_s = self.candidate.cost_s(simulated)
-        if left_bytes >= 0 and cost_s < self.best_s:
-            self.best, self.best_s = dropped, cost_s
-        return Verdict(left_bytes, top.op < self.candidate.graph.forward_ops and not top.is_replay)
-
-    def through_chain(self) -> None:
-        """Asks the chain for ever less memory until the answer fits, then halves what lies between.
-
-        What overshoots in the forward alone is asked for again with more for the forward.
-        """
-        links, units = self.candidate.links, self.candidate.units
-        step_bytes = self.free_bytes // (units // 2) + 1
-        less_bytes, in_forward = 0, True
-        fits_bytes = over_bytes = None  # how much less the answers that fit, and do not, were asked for
-        for _ in range(_ATTEMPTS):
-            target_bytes = self.free_bytes if in_forward and less_bytes > 0 else self.free_bytes - less_bytes
-            chain = Chain(links, target_bytes, units, forward_bytes=max(0, less_bytes))
-            verdict = None if math.isinf(chain.solve()) else self.judge(levels_of(links, chain.ways()))
-            if verdict is None or verdict.left_bytes >= 0:
-                fits_bytes = less_bytes
-                left_bytes = 0 if verdict is None else verdict.left_bytes
-            else:
-                over_bytes, left_bytes = less_bytes, verdict.left_bytes
-                in_forward = in_forward and verdict.in_forward
-            is_full = verdict is not None and 0 <= left_bytes < step_bytes and not (in_forward and less_bytes)
-            if self.best_s <= self.enough_s or is_full:
-                break
-            if fits_bytes is None:
-                less_bytes = max(less_bytes - left_bytes, 2 * less_bytes, step_bytes)
-            elif over_bytes is None:
-                less_bytes -= max(left_bytes, step_bytes)
-            elif abs(fits_bytes - over_bytes) <= step_bytes:
-                break
-            else:
-                less_bytes = (fits_bytes + over_bytes) // 2
-
-    def through_program(self) -> None:
-        """Rounds the relaxation, then solves the program, with less memory where the answer overshoots."""
-        program, target_bytes = self.candidate.program, self.free_bytes
-        gap = min(0.5, max(5e-3, (self.enough_s - self.bound_s) / max(self.bound_s, 1e-12)))
-        for attempt in range(_ATTEMPTS):
-            if attempt >= 3 and self.best is not None:
-                break
-            relaxed = program.relax(target_bytes)
-            if relaxed is None:
-                break
-            self.round(program.wishes(relaxed))
-            if self.best_s <= self.enough_s:
-                break
-            proposal = program.solve(target_bytes, relaxed, gap=gap)
-            left_bytes = 0 if proposal is None else self.judge(_single(proposal)).left_bytes
-            if proposal is not None and left_bytes >= 0:
-                break
-            target_bytes -= max(-left_bytes, self.free_bytes // 200)
-        if self.best is None:  # all proposals overshot; what should peak lowest may fit all the same
-            for dropped in (program.least(), program.closure(set())):
-                self.judge(_single(dropped))
-
-    def round(self, wishes: list[int]) -> None:
-        """As many of the relaxation's wishes granted as really fit."""
-        low, high = 0, len(wishes)
-        while low <= high:
-            middle = (low + high) // 2
-            if self.judge(_single(self.candidate.program.closure(set(wishes[:middle])))).left_bytes >= 0:
-                low = middle + 1
-            else:
-                high = middle - 1
+        links = len(self.links)
+        return 12000 if links <= 16 else 6000 if links <= 50 else 1600

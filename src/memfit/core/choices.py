@@ -1,8 +1,9 @@
 """What one segment of a chain can do: sets of values to drop, each with its memory and its seconds.
 
 Note [Choices]
- 1. Three numbers make a choice: bytes it keeps when the forward has left the segment, its own peak in the
-    backward, and seconds of replay. Those that another one beats in all three are left out.
+ 1. A few numbers make a choice: bytes it keeps when the forward has left the segment, its own peaks in
+    forward and backward, what it cannot save before the whole forward is over, and seconds of replay. A
+    choice that another one beats in all of them is left out.
  2. They are found by the program of ``core/milp.py`` on the segment's graph, with a price on each kept byte:
     the lower hull of seconds over bytes, corner by corner, under a few limits of the peak.
  3. The numbers are not the program's but the simulation's.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memfit.core.milp import Program
-from memfit.core.segments import Segment, kept_after_forward
+from memfit.core.segments import Segment, held_until_then, kept_after_forward, peaks_of
 from memfit.core.timeline import run
 
 _LIMITS = 3  # of the peak, between the least and what the fastest choice takes
@@ -25,12 +26,16 @@ _WINDOW = 12
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A set of values of a segment's graph to drop, and what that means."""
+    """A set of values of a segment's graph to drop, and what that means.
+
+    ``held_bytes`` are there beside the kept ones until the whole forward is over, more than without dropping.
+    """
 
     dropped: frozenset[int]
     kept_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
+    held_bytes: int
     seconds: float
 
 
@@ -67,6 +72,8 @@ class _Search:
         self.alignment_bytes = alignment_bytes
         self.overhead_s = replay_overhead_s
         self.found: dict[frozenset[int], Choice] = {}
+        plain = run(segment.graph, alignment_bytes=alignment_bytes)
+        self.plain_held_bytes = held_until_then(segment, plain)
 
     @cached_property
     def program(self) -> Program:
@@ -88,13 +95,13 @@ class _Search:
         if dropped not in self.found:
             graph = self.segment.graph
             own = run(graph, dropped, alignment_bytes=self.alignment_bytes)
-            forward = (m.total_bytes for m in own.moments if m.op < graph.forward_ops and not m.is_replay)
-            backward = (m.total_bytes for m in own.moments if m.op >= graph.forward_ops or m.is_replay)
+            forward_peak_bytes, peak_bytes = peaks_of(self.segment, own)
             self.found[dropped] = Choice(
                 dropped,
                 kept_after_forward(self.segment, own),
-                max(backward),
-                max(forward),
+                peak_bytes,
+                forward_peak_bytes,
+                held_until_then(self.segment, own) - self.plain_held_bytes,
                 sum(graph.ops[op].seconds + self.overhead_s for op in own.replayed_ops),
             )
         return self.found[dropped]
@@ -136,6 +143,7 @@ class _Search:
                 o.kept_bytes <= choice.kept_bytes
                 and o.peak_bytes <= choice.peak_bytes
                 and o.forward_peak_bytes <= choice.forward_peak_bytes
+                and o.held_bytes <= choice.held_bytes
                 for o in kept
             ):
                 kept.append(choice)

@@ -26,6 +26,7 @@ class Choices:
     replay_overhead_s: float
     by_class: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
     by_shape: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    by_passing: dict[tuple[str, frozenset[int]], Choice] = field(default_factory=dict)
 
     def of(self, segment: Segment) -> tuple[Choice, ...]:
         """The choices of a segment."""
@@ -40,6 +41,14 @@ class Choices:
             self.by_shape.setdefault(segment.shape_key, found)
         return self.by_class[segment.class_key]
 
+    def passed(self, segment: Segment, dropped: frozenset[int]) -> Choice:
+        """What a segment leaves behind if all of this is dropped."""
+        key = segment.class_key, dropped
+        if key not in self.by_passing:
+            (found,) = tried_choices(segment, [dropped], self.alignment_bytes, self.replay_overhead_s)
+            self.by_passing[key] = found
+        return self.by_passing[key]
+
 
 def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
     """The chain of a graph; empty where it is none."""
@@ -50,15 +59,21 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
         everything = min(known, key=lambda c: (c.kept_bytes, c.peak_bytes, c.seconds))
         following = segments[index + 1] if index + 1 < len(segments) else None
         path = path_to(segment, following)
-        ops = {segment.graph.values[value].producer for value in path}
+        passed = choices.passed(segment, everything.dropped | path)
         links.append(
             Link(
                 segment=segment,
                 choices=known,
                 path=path,
-                again_s=sum(segment.graph.ops[op].seconds + choices.replay_overhead_s for op in ops),
+                again_s=tuple(
+                    again_s(segment, path, everything.dropped, choice, choices.replay_overhead_s)
+                    for choice in known
+                ),
+                pass_s=again_s(segment, path, everything.dropped, everything, choices.replay_overhead_s),
                 everything=everything,
-                stuck_bytes=max(0, everything.kept_bytes - segment.entry_bytes),
+                stuck_bytes=max(0, passed.kept_bytes - segment.entry_bytes),
+                held_bytes=passed.held_bytes,
+                forward_peak_bytes=passed.forward_peak_bytes,
             )
         )
     return tuple(links)
@@ -78,6 +93,20 @@ def path_to(segment: Segment, following: Segment | None) -> frozenset[int]:
             found.add(value)
             stack.extend(producer.inputs)
     return frozenset(found)
+
+
+def again_s(
+    segment: Segment, path: frozenset[int], most: frozenset[int], choice: Choice, overhead_s: float
+) -> float:
+    """Seconds to run a segment again up to the next entry, keeping what a choice keeps."""
+    graph = segment.graph
+    stack, ops = [*path, *(most - choice.dropped)], set[int]()
+    while stack:
+        producer = graph.values[stack.pop()].producer
+        if producer not in ops:
+            ops.add(producer)
+            stack.extend(v for v in graph.ops[producer].inputs if v in most or v in path)
+    return sum(graph.ops[op].seconds + overhead_s for op in sorted(ops))
 
 
 def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:

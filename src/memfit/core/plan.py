@@ -168,6 +168,8 @@ class Planner:
     def lowest(self) -> Plan:
         """The plan of least peak. See Note [Search] 4."""
         if self._lowest is None:
+            for candidate in self._candidates:
+                _ = candidate.links  # alike segments share choices: in one order, whatever is asked for first
             # Not a set: its order, and with it the choice between equals, would differ from run to run.
             sizes = [candidate.graph.rows for candidate in self._candidates]
             ends = dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))
@@ -177,8 +179,14 @@ class Planner:
                 for dropped in self._candidates[end].least()
             ]
             least = min(plans, key=lambda plan: (plan.predicted_peak_bytes, plan.predicted_step_s))
-            self._lowest = replace(least, budget_bytes=least.predicted_peak_bytes)
+            self._lowest = self._certified(least, least.predicted_peak_bytes)
         return self._lowest
+
+    def _certified(self, plan: Plan, budget_bytes: int) -> Plan:
+        """The plan with the bound of a budget."""
+        (candidate,) = (c for c in self._candidates if c.graph.rows == plan.micro_batch_size)
+        bound_s = candidate.largest * candidate.bound_s(budget_bytes)
+        return replace(plan, budget_bytes=budget_bytes, lower_bound_s=min(bound_s, plan.recompute_s))
 
     def least(self, budget_bytes: int) -> Plan:
         """The plan of least peak where it fits.
@@ -189,7 +197,7 @@ class Planner:
         least = self.lowest()
         needed_bytes = least.predicted_peak_bytes
         if needed_bytes <= budget_bytes:
-            return replace(least, budget_bytes=budget_bytes)
+            return self._certified(least, budget_bytes)
         raise InfeasibleBudget(
             f"no plan fits {format_bytes(budget_bytes)} ({budget_bytes:,} B): the smallest memory that works "
             f"is {needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "
@@ -210,7 +218,7 @@ def _faster(best: Plan | None, candidate: Candidate, budget_bytes: int) -> Plan 
     bound_s = candidate.bound_s(budget_bytes)
     if candidate.step_s(bound_s) >= limit_s:
         return best
-    dropped = candidate.solve(budget_bytes, bound_s)
+    dropped = candidate.solve(budget_bytes)
     if dropped is None:
         return best
     found = _plan(candidate, dropped, budget_bytes, bound_s)

@@ -3,21 +3,26 @@
 Note [Segments]
  1. A *cut* lies between two forward ops where one value, the *entry* of the next segment, crosses. Candidates
     are where the numbered module changes (``layers.3`` to ``layers.4``, or the next call of a shared one).
- 2. A value that crosses three cuts or more (a mask, rotary tables, a long skip) is *shared*: always kept.
+ 2. A value that crosses three cuts or more (a mask, rotary tables, a long skip) is *shared*: never dropped.
+    Where no earlier segment saves it, the only one that reads it counts it as its own: replays may need it.
  3. A save belongs to the segment in which it was packed; one packed between two segments to the later, unless
     it is of a value that the op before made and nothing reads after (the mean of a LayerNorm). The
     backward of a segment begins where the first of its saves is unpacked. If the backwards of two
     segments mix, the cut between them goes.
  4. A segment's graph begins with an op that makes its entry, and its backward with one that makes the
     gradients on their way. So what a choice inside it keeps, and its own peak, are a simulation of that
-    graph alone; what the rest of the step adds is one number a phase, read off a run that drops nothing.
- 5. Segments that do the same differ only in names: one *class*, worked out once.
+    graph alone; what the rest of the step adds is read off a run that drops nothing: its most in either
+    phase, and how much less that is at each op.
+ 5. Its forward ends with an op that does nothing. There the program still holds what it lets go of only after
+    the whole forward (a key-value cache, collected hidden states): dropping that saves nothing until then.
+ 6. Segments that do the same differ only in names: one *class*, worked out once.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -37,8 +42,9 @@ class Segment:
     Attributes:
         graph: Its step graph; value 0 is the entry, even if nothing crosses (then of no bytes).
         values: The value of the whole graph behind each of its values; -1 for an entry that is not there.
-        forward_extra_bytes, backward_extra_bytes: What the rest of the step holds meanwhile, beyond what
+        forward_extra_bytes, backward_extra_bytes: The most the rest of the step holds meanwhile, beyond what
             earlier segments keep.
+        relief_bytes: How much less that is at each op of the graph.
         class_key: Equal for segments that do the same.
         shape_key: Equal for segments whose forwards do the same, at any size.
     """
@@ -47,6 +53,7 @@ class Segment:
     values: tuple[int, ...]
     forward_extra_bytes: int
     backward_extra_bytes: int
+    relief_bytes: tuple[int, ...]
     class_key: str
     shape_key: str
 
@@ -54,6 +61,13 @@ class Segment:
     def entry_bytes(self) -> int:
         """Bytes of the value that crosses into it."""
         return self.graph.size_bytes(0)
+
+    @property
+    def held_entry_bytes(self) -> int:
+        """Bytes of that value if the program holds it as long as the forward runs."""
+        entry, leave = self.graph.values[0].storage, LogEntry(LogKind.OP, self.graph.forward_ops - 1)
+        let_go = self.graph.log[: self.graph.log.index(leave)].count(LogEntry(LogKind.FREE, entry))
+        return 0 if let_go else self.entry_bytes
 
 
 def read_segments(graph: StepGraph, *, alignment_bytes: int) -> tuple[Segment, ...]:
@@ -207,7 +221,15 @@ class _Cutter:
             elif kind == LogKind.FREE:
                 self.freed_at[item] = position
         self.spans = _spans(graph)
-        self.droppable = droppable(graph)
+        self.droppable = droppable(graph) - self._shared()
+        self.readers: dict[int, set[int]] = {}
+        for value, segment in self._reads():
+            if graph.values[value].producer < self.bounds[segment]:
+                self.readers.setdefault(value, set()).add(segment)
+        self.saved_from: dict[int, int] = {}
+        for save, home in zip(graph.saves, self.homes, strict=True):
+            storage = graph.values[save.value].storage
+            self.saved_from[storage] = min(home, self.saved_from.get(storage, home))
         self.backward_start = (
             self.op_positions[graph.forward_ops] if graph.forward_ops < len(graph.ops) else len(graph.log)
         )
@@ -226,6 +248,34 @@ class _Cutter:
                 return value
         return -1
 
+    def _shared(self) -> set[int]:
+        """The values that cross too many cuts. See Note [Segments] 2."""
+        cuts = self.bounds[1:-1]
+        return {
+            value
+            for value, (made, read) in self.spans.items()
+            if bisect.bisect_right(cuts, read) - bisect.bisect_right(cuts, made) >= _SHARED_CUTS
+        }
+
+    def _reads(self) -> Iterator[tuple[int, int]]:
+        """Every value read in the forward, and the segment that does."""
+        for segment, (start, end) in enumerate(pairwise(self.bounds)):
+            for op in self.graph.ops[start:end]:
+                for value in op.inputs:
+                    yield value, segment
+
+    def _borrowed(self, index: int) -> list[int]:
+        """The shared values that only this segment reads, and no earlier one saves."""
+        start, end = self.bounds[index], self.bounds[index + 1]
+        values = self.graph.values
+        return [
+            value
+            for value in dict.fromkeys(v for op in self.graph.ops[start:end] for v in op.inputs)
+            if 0 <= values[value].producer < start
+            and self.readers[value] == {index}
+            and self.saved_from.get(values[value].storage, index) >= index
+        ]
+
     def _stretches(self, index: int) -> tuple[range, range]:
         """Log positions of a segment's forward and backward."""
         last = len(self.bounds) - 2
@@ -238,12 +288,15 @@ class _Cutter:
     def _segment(self, index: int) -> Segment:
         """The graph of one segment."""
         forward, backward = self._stretches(index)
-        writer = _Writer(self.graph, self._entry(index) if index else -1, self.droppable)
+        entry = self._entry(index) if index else -1
+        writer = _Writer(self.graph, entry, self._borrowed(index), self.droppable)
         self._copy(writer, index, forward)
         outlives = forward.stop != backward.start  # what later segments read is theirs to count
-        for storage in writer.named() if outlives else []:
-            if self.freed_at.get(storage, len(self.graph.log)) < self.backward_start:
-                writer.free(storage)
+        if outlives:
+            self._free_until(writer, self.op_positions[self.graph.forward_ops - 1])
+        writer.leave()
+        if outlives:
+            self._free_until(writer, self.backward_start)
         arriving = [
             item
             for kind, item in (self.graph.log[position] for position in backward)
@@ -253,6 +306,12 @@ class _Cutter:
         self._copy(writer, index, backward)
         writer.release_the_rest()
         return writer.segment()
+
+    def _free_until(self, writer: _Writer, position: int) -> None:
+        """Lets go of what the program lets go of before a position in the log."""
+        for storage in writer.named():
+            if self.freed_at.get(storage, len(self.graph.log)) < position:
+                writer.free(storage)
 
     def _copy(self, writer: _Writer, index: int, stretch: range) -> None:
         """Writes what a stretch of the log says of one segment."""
@@ -271,7 +330,9 @@ class _Cutter:
 class _Writer:
     """A step graph under construction, with numbers of its own."""
 
-    def __init__(self, graph: StepGraph, entry: int, droppable: frozenset[int]) -> None:
+    def __init__(
+        self, graph: StepGraph, entry: int, borrowed: Sequence[int], droppable: frozenset[int]
+    ) -> None:
         self.graph = graph
         self.droppable = droppable
         self.ops: list[Op] = []
@@ -292,7 +353,14 @@ class _Writer:
         else:
             allocates = (self._storage(graph.values[entry].storage),)
             self._value(entry)
-        self._append(Op(OpKey("", "memfit.entry", 0), outputs=(0,), allocates=allocates))
+        for value in borrowed:
+            storage = graph.values[value].storage
+            if storage not in self.storage_numbers:
+                allocates += (self._storage(storage),)
+            if value not in self.value_numbers:
+                self._value(value)
+        outputs = tuple(range(len(self.sources)))
+        self._append(Op(OpKey("", "memfit.entry", 0), outputs=outputs, allocates=allocates))
 
     def _storage(self, storage: int) -> int:
         """The number here of a storage, allocated now."""
@@ -354,6 +422,10 @@ class _Writer:
                 self.unreleased.pop(save, None)
             self.log.append(LogEntry(kind, self.save_numbers[save]))
 
+    def leave(self) -> None:
+        """The forward leaves the segment. See Note [Segments] 5."""
+        self._append(Op(OpKey("", "memfit.leave", 0)))
+
     def arrive(self, storages: Sequence[int]) -> None:
         """The backward begins, with gradients on their way."""
         self.forward_ops = len(self.ops)
@@ -384,19 +456,24 @@ class _Writer:
             saves=tuple(self.saves),
             log=tuple(self.log),
         )
-        return Segment(graph, tuple(self.sources), 0, 0, _class_key(graph), _shape_key(graph))
+        return Segment(graph, tuple(self.sources), 0, 0, (), _class_key(graph), _shape_key(graph))
 
 
 def _class_key(graph: StepGraph) -> str:
     """Everything about a segment but the names of its modules."""
     ops = [replace(op, key=OpKey("", op.key.op, 0)) for op in graph.ops]
-    return repr((ops, graph.storages, graph.values, graph.saves, graph.log, graph.forward_ops))
+    return _digest((ops, graph.storages, graph.values, graph.saves, graph.log, graph.forward_ops))
 
 
 def _shape_key(graph: StepGraph) -> str:
     """What the forward of a segment does, whatever its sizes."""
     ops = [(op.key.op, op.inputs, op.outputs) for op in graph.ops[: graph.forward_ops]]
-    return repr((ops, [save.value for save in graph.saves]))
+    return _digest((ops, [save.value for save in graph.saves]))
+
+
+def _digest(facts: object) -> str:
+    """A short text that is equal for equal facts."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # ---- the rest of the step ------------------------------------------------------------------------
@@ -415,11 +492,15 @@ def _with_extras(graph: StepGraph, segments: list[Segment], alignment_bytes: int
         backward_op -= len(backwards)
         forward = [total_bytes[forward_op + i] - own_bytes for i, own_bytes in enumerate(forwards)]
         backward = [total_bytes[backward_op + i] - own_bytes for i, own_bytes in enumerate(backwards)]
+        forward_most, backward_most = max(forward, default=kept_bytes), max(backward, default=kept_bytes)
+        relief = [0, *(forward_most - b for b in forward), 0, 0, *(backward_most - b for b in backward)]
         found.append(
             replace(
                 segment,
-                forward_extra_bytes=max(forward, default=0) - kept_bytes,
-                backward_extra_bytes=max(backward, default=0) - kept_bytes,
+                forward_extra_bytes=forward_most - kept_bytes,
+                backward_extra_bytes=backward_most - kept_bytes,
+                relief_bytes=tuple(relief),
+                class_key=_digest((segment.class_key, relief)),
             )
         )
         forward_op += len(forwards)
@@ -428,13 +509,37 @@ def _with_extras(graph: StepGraph, segments: list[Segment], alignment_bytes: int
 
 
 def _own_moments(segment: Segment, own: Run) -> tuple[list[int], list[int]]:
-    """Bytes at each op of the step, without the two ops that a segment's graph adds."""
+    """Bytes at each op of the step, without the three ops that a segment's graph adds."""
     forward_ops = segment.graph.forward_ops
     totals = [moment.total_bytes for moment in own.moments if not moment.is_replay]
-    return totals[1:forward_ops], totals[forward_ops + 1 :]
+    return totals[1 : forward_ops - 1], totals[forward_ops + 1 :]
+
+
+def peaks_of(segment: Segment, own: Run) -> tuple[int, int]:
+    """The peaks of a segment in forward and backward, to which the most of the rest of the step is added."""
+    leave, arrive = segment.graph.forward_ops - 1, segment.graph.forward_ops
+    forward = backward = waiting = 0
+    for moment in own.moments:
+        if moment.is_replay:
+            waiting = max(waiting, moment.total_bytes)
+        elif moment.op not in (0, leave, arrive):  # these three are no ops of the step
+            own_bytes = max(waiting, moment.total_bytes) - segment.relief_bytes[moment.op]
+            waiting = 0
+            if moment.op < leave:
+                forward = max(forward, own_bytes)
+            else:
+                backward = max(backward, own_bytes)
+    return forward, max(backward, waiting)
 
 
 def kept_after_forward(segment: Segment, own: Run) -> int:
     """What a segment still holds when the forward has left it."""
     arrive = segment.graph.forward_ops
     return next(m.activation_bytes for m in own.moments if m.op == arrive and not m.is_replay)
+
+
+def held_until_then(segment: Segment, own: Run) -> int:
+    """What is there beside that as long as the forward runs: what the program holds, records in vain."""
+    leave = segment.graph.forward_ops - 1
+    left = next(m.activation_bytes for m in own.moments if m.op == leave and not m.is_replay)
+    return left - kept_after_forward(segment, own)
