@@ -74,7 +74,7 @@ class _Rows:
         self.limits.append(limit)
 
 
-def fastest_schedule_s(graph: StepGraph, free_bytes: int, overhead_s: float) -> float | None:
+def fastest_schedule_s(graph: StepGraph, free_bytes: int) -> float | None:
     """Seconds of recomputation of the best schedule within some bytes; None if there is none."""
     rows, every, ops = _Rows(), list(stages(graph)), range(graph.forward_ops)
     lower: dict[int, float] = {}
@@ -96,7 +96,7 @@ def fastest_schedule_s(graph: StepGraph, free_bytes: int, overhead_s: float) -> 
                 rows.at_most(0.0, (1.0, kept), *before)
         for k in ops:
             _memory(rows, graph, every, t, k, free_bytes)
-    return _solved(rows, graph, lower, upper, overhead_s)
+    return _solved(rows, graph, lower, upper)
 
 
 def _reads(graph: StepGraph, op: int) -> set[int]:
@@ -121,15 +121,13 @@ def _memory(rows: _Rows, graph: StepGraph, every: list[Stage], t: int, k: int, f
     rows.at_most(free_bytes - every[t].gradient_bytes, *total)
 
 
-def _solved(
-    rows: _Rows, graph: StepGraph, lower: dict[int, float], upper: dict[int, float], overhead_s: float
-) -> float | None:
+def _solved(rows: _Rows, graph: StepGraph, lower: dict[int, float], upper: dict[int, float]) -> float | None:
     width = len(rows.names)
     cost, whole = np.zeros(width), np.zeros(width)
     for (kind, _, i, _), column in rows.names.items():
         whole[column] = kind in "RS"
         if kind == "R" and not lower[column]:
-            cost[column] = graph.ops[i].seconds + overhead_s
+            cost[column] = graph.ops[i].replay_s
     height, columns, factors = (np.array(part) for part in zip(*rows.entries, strict=True))
     matrix = csr_array((factors, (height, columns)), shape=(len(rows.limits), width))
     least = np.array([lower.get(column, 0.0) for column in range(width)])

@@ -188,7 +188,7 @@ def all_choices(profile: Profile, graph: StepGraph) -> list[Choice]:
 
 def _choice(profile: Profile, graph: StepGraph, dropped: frozenset[int]) -> Choice:
     moments = live_bytes(graph, dropped, profile.alignment_bytes)
-    again = [graph.ops[live.op].seconds + profile.replay_overhead_s for live in moments if live.is_replay]
+    again = [graph.ops[live.op].replay_s for live in moments if live.is_replay]
     return Choice(dropped, max(map(total_bytes, moments)), sum(again))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
+from memfit.core.costs import with_overhead
 from memfit.core.graph import (
     NO_UPDATE,
     LogEntry,
@@ -240,6 +241,8 @@ def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = Fal
     drawn = draw(pieces(most, tidy=tidy))
     count = draw(st.integers(1, sizes))
     steps = [build(drawn, rows=4 >> halvings, resident=halvings > 0) for halvings in range(count)]
+    overhead_s, hides = draw(st.sampled_from([0.0, 0.125, 2.0])), draw(st.booleans())
+    steps = [with_overhead(step, overhead_s, is_asynchronous=hides) for step in steps]
     some = st.integers(0, 50)
     state_bytes = draw(some)
     update = flat_update(draw(some), seconds=draw(SECONDS))
@@ -250,7 +253,6 @@ def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = Fal
         first_update=flat_update(draw(some), state_bytes=draw(st.integers(0, state_bytes))),
         update=draw(st.sampled_from([update, NO_UPDATE])),
         alignment_bytes=draw(st.sampled_from([1, 1, 8])),
-        replay_overhead_s=draw(st.sampled_from([0.0, 0.125])),
         unexplained_bytes=draw(rarely(st.integers(1, 9))),
     )
 
@@ -289,4 +291,5 @@ def chains(draw: st.DrawFn, blocks: int = 5, kinds: int = 2) -> Profile:
     ]
     graph = replace(graph, ops=(*ops, *graph.ops[graph.forward_ops :]))
     overhead_s = draw(st.sampled_from([0.0, 0.125]))
-    return Profile(1, (graph,), Residents(0, 0, 0, 0), replay_overhead_s=overhead_s)
+    graph = with_overhead(graph, overhead_s, is_asynchronous=draw(st.booleans()))
+    return Profile(1, (graph,), Residents(0, 0, 0, 0))

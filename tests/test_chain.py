@@ -34,7 +34,7 @@ UNITS = 2000
 
 def links_of(profile: Profile) -> tuple[Link, ...]:
     """The chain of a profile's only graph."""
-    return read_links(profile.graphs[0], Choices(profile.alignment_bytes, profile.replay_overhead_s))
+    return read_links(profile.graphs[0], Choices(profile.alignment_bytes))
 
 
 def chosen(links: tuple[Link, ...], picks: tuple[int, ...]) -> frozenset[int]:
@@ -50,7 +50,7 @@ def seconds_of(profile: Profile, levels: Any) -> float:
     """Seconds of replay, by the simulation."""
     graph = profile.graphs[0]
     replayed = run(graph, levels).replayed_ops
-    return sum(graph.ops[op].seconds + profile.replay_overhead_s for op in replayed)
+    return sum(graph.ops[op].replay_s for op in replayed)
 
 
 # ---- segments ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Forgetful(Choices):
 def test_solving_alike_segments_once_gives_what_solving_all_gives(profile: Profile, percent: int) -> None:
     graph = profile.graphs[0]
     found = []
-    for book in (Choices(1, profile.replay_overhead_s), Forgetful(1, profile.replay_overhead_s)):
+    for book in (Choices(1), Forgetful(1)):
         candidate = Candidate(profile, graph, book, 0)
         budget = candidate.plain_bytes * (100 + percent) // 200
         found.append((candidate.bound_s(budget), candidate.solve(budget)))
@@ -246,7 +246,7 @@ def test_a_plan_names_nothing_that_cannot_be_replayed(share: float) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(*(Padded() for _ in range(8)))
     profile = profile_of(recorded(model, square_loss, torch.randn(64, 16)))
-    assert len(read_links(profile.graphs[0], Choices(1, 0.0))) >= 8
+    assert len(read_links(profile.graphs[0], Choices(1))) >= 8
     low = Planner(profile).lowest().predicted_peak_bytes
     high = find_plan(profile, memory=1 << 40).predicted_peak_bytes
     plan = find_plan(profile, memory=int(low + share * (high - low)))
@@ -314,7 +314,7 @@ def test_a_deep_model_recomputed_in_levels_is_the_plain_one_to_the_bit() -> None
     torch.manual_seed(3)
     model, batch = deep().train(), tokens(ROWS)
     profile = memfit.profile(model, own_loss, batch, micro_batch_size=ROWS)
-    links = read_links(profile.graphs[0], Choices(1, 0.0))
+    links = read_links(profile.graphs[0], Choices(1))
     for halvings in (1, 2, 3):
         levels = levels_of(links, halved(links, halvings))
         assert any(level.retained_from > level.segment for level in levels.values())

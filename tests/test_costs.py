@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.core.costs import Measured, fixed_share, measured, quicker, scaled, with_costs, with_made_bytes
+from memfit.core.costs import (
+    Measured,
+    fixed_share,
+    measured,
+    quicker,
+    scaled,
+    with_costs,
+    with_made_bytes,
+    with_overhead,
+)
 from memfit.core.graph import Op, OpKey, StepGraph
 from strategies import Piece, build
 
@@ -152,3 +161,15 @@ def test_what_an_op_makes_is_corrected_by_runs_of_more_rows() -> None:
     assert [found.storages[s].size_bytes for s in graph.ops[0].allocates] == [90]
     unseen = Measured(4, {}, {}, {})
     assert with_made_bytes(graph, unseen, large) == graph
+
+
+@pytest.mark.parametrize(("is_asynchronous", "expected"), [(False, [5.0, 7.0]), (True, [3.0, 4.0])])
+def test_what_a_replay_costs_in_python_is_hidden_by_kernels_that_run_meanwhile(
+    is_asynchronous: bool, expected: list[float]
+) -> None:
+    """Ops of 2 and 4 seconds, 3 seconds of Python for each replay."""
+    pieces = (Piece(sizes=(1,), seconds=2.0), Piece(reads=(0,), sizes=(1,), seconds=4.0))
+    graph = with_overhead(build(pieces), 3.0, is_asynchronous=is_asynchronous)
+    assert [op.replay_s for op in graph.ops[: graph.forward_ops]] == expected
+    assert all(op.overhead_s == 0 for op in graph.ops[graph.forward_ops :])
+    assert graph.forward_s == 6.0

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import memfit
 from checkmate import fastest_schedule_s
 from memfit.core.chain import Chain, Link, Way
+from memfit.core.costs import with_overhead
 from memfit.core.frontier import frontier
 from memfit.core.graph import Profile, Residents
 from memfit.core.links import Choices, levels_of, read_links
@@ -122,13 +123,13 @@ def few_choices(link: Link) -> Link:
 @given(chains(4))
 def test_no_way_through_a_chain_is_faster_than_the_bound(profile: Profile) -> None:
     graph = profile.graphs[0]
-    links = read_links(graph, Choices(profile.alignment_bytes, profile.replay_overhead_s))
+    links = read_links(graph, Choices(profile.alignment_bytes))
     links = tuple(few_choices(link) for link in links)
     found = set()
     for ways, entries in passings(links, 0, len(links) - 1, True):
         way = [Way(links[s].choices[ways[s][0]], ways[s][1], entries[s]) for s in range(len(links))]
         simulated = run(graph, levels_of(links, way))
-        seconds = sum(graph.ops[op].seconds + profile.replay_overhead_s for op in simulated.replayed_ops)
+        seconds = sum(graph.ops[op].replay_s for op in simulated.replayed_ops)
         found.add((simulated.peak.total_bytes, seconds))
     plain = run(graph).peak.total_bytes
     bound = Chain(links, plain, UNITS, bound=True).solve()
@@ -159,7 +160,8 @@ def plain_steps(draw: st.DrawFn) -> Profile:
             )
         )
     graph = build(tuple(drawn))
-    return Profile(1, (graph,), Residents(0, 0, 0, 0), 0, 0.0, replay_overhead_s=0.125)
+    graph = with_overhead(graph, 0.125, is_asynchronous=False)
+    return Profile(1, (graph,), Residents(0, 0, 0, 0))
 
 
 @settings(FEW, max_examples=25)
@@ -168,11 +170,11 @@ def test_no_plan_is_faster_than_the_best_of_all_schedules(profile: Profile, perc
     low, high = needed_bytes(profile), find_plan(profile, memory=1 << 40).predicted_peak_bytes
     assume(low < high)
     plan = find_plan(profile, memory=low + (high - low) * percent // 100)
-    best_s = fastest_schedule_s(profile.graphs[0], plan.budget_bytes, profile.replay_overhead_s)
+    best_s = fastest_schedule_s(profile.graphs[0], plan.budget_bytes)
     assert best_s is not None
     assert best_s <= plan.recompute_s + TOLERANCE_S
     assert plan.lower_bound_s <= plan.recompute_s
-    plenty = fastest_schedule_s(profile.graphs[0], high, profile.replay_overhead_s)
+    plenty = fastest_schedule_s(profile.graphs[0], high)
     assert plenty == pytest.approx(0.0, abs=TOLERANCE_S)
 
 
@@ -190,7 +192,7 @@ def test_a_key_value_cache_is_planned_within_half_a_percent_of_a_step() -> None:
         return found
 
     profile = memfit.profile(model, loss, ids, micro_batch_size=4)
-    links = read_links(profile.graphs[0], Choices(profile.alignment_bytes, profile.replay_overhead_s))
+    links = read_links(profile.graphs[0], Choices(profile.alignment_bytes))
     assert sum(link.held_bytes > 0 for link in links) == 8
     planner = Planner(profile)
     low, high = planner.lowest().predicted_peak_bytes, run(profile.graphs[0]).peak.total_bytes

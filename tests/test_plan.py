@@ -97,7 +97,7 @@ def test_a_plan_fits_by_the_reference_and_costs_what_it_says(drawn: tuple[Profil
     assert len(dropped) == plan.recomputes
     assert step_peak_bytes(profile, graph, dropped) == plan.predicted_peak_bytes <= budget_bytes
     moments = live_bytes(graph, dropped, profile.alignment_bytes)
-    again = sum(graph.ops[m.op].seconds + profile.replay_overhead_s for m in moments if m.is_replay)
+    again = sum(graph.ops[m.op].replay_s for m in moments if m.is_replay)
     steps = plan.gradient_accumulation_steps
     assert plan.recompute_s == pytest.approx(steps * again)
     assert plan.predicted_step_s == pytest.approx(steps * (graph.seconds + again) + profile.update_s)
@@ -133,9 +133,9 @@ def test_memory_that_does_not_bind_costs_nothing(profile: Profile, more: int) ->
 @given(solved(tidy=False))
 def test_the_lower_bound_is_never_above_the_best_choice(drawn: tuple[Profile, list[Choice], int]) -> None:
     profile, every, free_bytes = drawn
-    graph, overhead_s = profile.graphs[0], profile.replay_overhead_s
+    graph = profile.graphs[0]
     alignment_bytes = profile.alignment_bytes
-    program = Program(graph, alignment_bytes=alignment_bytes, replay_overhead_s=overhead_s, window=10**6)
+    program = Program(graph, alignment_bytes=alignment_bytes, window=10**6)
     best = best_plan_by_brute_force(every, free_bytes)
     assert best is not None
     bound_s = program.bound_s(free_bytes)
@@ -263,7 +263,7 @@ def test_the_lower_bound_lets_a_saved_value_go_when_it_is_released() -> None:
     high = Piece((1,), is_replayable=False, saves_outputs=(0,), backward_sizes=(1, 150))
     loss = Piece((0,), saves_inputs=True, frees=(0, 0, 0))
     graph = build((Piece(sizes=(100,)), reader, high, loss, Piece((0,))))
-    program = Program(graph, alignment_bytes=1, replay_overhead_s=0.0, window=24)
+    program = Program(graph, alignment_bytes=1, window=24)
     assert program.bound_s(peak_bytes(graph)) == 0.0
 
 

@@ -76,7 +76,7 @@ class Candidate:
     def cost_s(self, simulated: Run) -> float:
         """Seconds of recomputation in one micro-batch."""
         ops = self.graph.ops
-        return sum(ops[i].seconds + self.profile.replay_overhead_s for i in simulated.replayed_ops)
+        return sum(ops[i].replay_s for i in simulated.replayed_ops)
 
     @cached_property
     def plain_bytes(self) -> int:
@@ -101,7 +101,6 @@ class Candidate:
         program = Program(
             self.graph,
             alignment_bytes=self.profile.alignment_bytes,
-            replay_overhead_s=self.profile.replay_overhead_s,
             window=_WINDOW,
         )
         return ProgramLadder(program, self.plain_bytes - self.base_bytes, self.judged)

@@ -51,6 +51,7 @@ class Link:
             that cannot be run again.
         held_bytes: What is there beside that until the whole forward is over.
         forward_peak_bytes: The peak of the forward then.
+        last: What the segment is if everything is dropped and it is the one whose backward is next.
     """
 
     segment: Segment
@@ -62,6 +63,7 @@ class Link:
     stuck_bytes: int
     held_bytes: int
     forward_peak_bytes: int
+    last: Choice
 
 
 class Way(NamedTuple):
@@ -228,7 +230,8 @@ class Chain:
         link = self._links[s]
         if s == t:
             best = self._never()
-            best[self._tables[s][link.choices.index(link.everything)].peak :] = link.everything.seconds
+            peak_bytes = max(link.last.peak_bytes + link.segment.backward_extra_bytes, link.last.kept_bytes)
+            best[self._in_units(peak_bytes) :] = link.last.seconds
             return best
         best = self._choose(s, 0, self._again[s + 1, t][np.newaxis], again=True)
         for leap in self._leaps(s, t, False):

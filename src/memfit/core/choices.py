@@ -39,9 +39,9 @@ class Choice:
     seconds: float
 
 
-def read_choices(segment: Segment, alignment_bytes: int, replay_overhead_s: float) -> tuple[Choice, ...]:
+def read_choices(segment: Segment, alignment_bytes: int) -> tuple[Choice, ...]:
     """The choices of a segment, the most bytes first; at least to keep everything."""
-    search = _Search(segment, alignment_bytes, replay_overhead_s)
+    search = _Search(segment, alignment_bytes)
     search.try_all([frozenset()])
     if not search.program.closure(set()):
         return search.best()
@@ -56,10 +56,10 @@ def read_choices(segment: Segment, alignment_bytes: int, replay_overhead_s: floa
 
 
 def tried_choices(
-    segment: Segment, candidates: Iterable[frozenset[int]], alignment_bytes: int, replay_overhead_s: float
+    segment: Segment, candidates: Iterable[frozenset[int]], alignment_bytes: int
 ) -> tuple[Choice, ...]:
     """The choices of a segment among sets that were found for one of the same shape."""
-    search = _Search(segment, alignment_bytes, replay_overhead_s)
+    search = _Search(segment, alignment_bytes)
     search.try_all(candidates)
     return search.best()
 
@@ -67,10 +67,9 @@ def tried_choices(
 class _Search:
     """The choices of one segment found so far."""
 
-    def __init__(self, segment: Segment, alignment_bytes: int, replay_overhead_s: float) -> None:
+    def __init__(self, segment: Segment, alignment_bytes: int) -> None:
         self.segment = segment
         self.alignment_bytes = alignment_bytes
-        self.overhead_s = replay_overhead_s
         self.found: dict[frozenset[int], Choice] = {}
         plain = run(segment.graph, alignment_bytes=alignment_bytes)
         self.plain_held_bytes = held_until_then(segment, plain)
@@ -81,7 +80,6 @@ class _Search:
         return Program(
             self.segment.graph,
             alignment_bytes=self.alignment_bytes,
-            replay_overhead_s=self.overhead_s,
             window=_WINDOW,
         )
 
@@ -102,7 +100,7 @@ class _Search:
                 peak_bytes,
                 forward_peak_bytes,
                 held_until_then(self.segment, own) - self.plain_held_bytes,
-                sum(graph.ops[op].seconds + self.overhead_s for op in own.replayed_ops),
+                sum(graph.ops[op].replay_s for op in own.replayed_ops),
             )
         return self.found[dropped]
 

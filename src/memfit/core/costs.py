@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from memfit.core.graph import OpKey, Profile, StepGraph
+from memfit.core.graph import Op, OpKey, Profile, StepGraph
 
 Run = tuple[StepGraph, Sequence[Hashable], Sequence[int | None]]
 
@@ -89,15 +89,28 @@ def with_costs_alike(run: Run, known: Mapping[Hashable, AlikeCost]) -> StepGraph
 def at_speed(profile: Profile, factor: float) -> Profile:
     """A profile in which forward and backward take this many times as long; what a real step corrects."""
     graphs = tuple(
-        replace(g, ops=tuple(replace(op, seconds=op.seconds * factor) for op in g.ops))
-        for g in profile.graphs
+        replace(graph, ops=tuple(_at_speed(op, factor) for op in graph.ops)) for graph in profile.graphs
     )
-    return replace(
-        profile,
-        graphs=graphs,
-        fixed_s=profile.fixed_s * factor,
-        replay_overhead_s=profile.replay_overhead_s * factor,
-    )
+    return replace(profile, graphs=graphs, fixed_s=profile.fixed_s * factor)
+
+
+def _at_speed(op: Op, factor: float) -> Op:
+    """An op that takes this many times as long."""
+    return replace(op, seconds=op.seconds * factor, overhead_s=op.overhead_s * factor)
+
+
+def with_overhead(graph: StepGraph, overhead_s: float, *, is_asynchronous: bool) -> StepGraph:
+    """The graph with what replaying an op of the forward costs beside the op itself.
+
+    Args:
+        is_asynchronous: The device computes while Python runs ahead, so only what is longer than the op's
+            own kernel counts. That is still an upper bound: slack of one op also hides the next.
+    """
+    ops = [
+        replace(op, overhead_s=max(0.0, overhead_s - op.seconds) if is_asynchronous else overhead_s)
+        for op in graph.ops[: graph.forward_ops]
+    ]
+    return replace(graph, ops=(*ops, *graph.ops[graph.forward_ops :]))
 
 
 def forward_bytes(graph: StepGraph) -> dict[OpKey, int]:

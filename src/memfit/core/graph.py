@@ -78,6 +78,7 @@ class Value:
 class Op:
     """One call below autograd.
 
+    ``overhead_s`` is what a replay of it costs beside its own ``seconds``: Python, where no kernel hides it.
     ``temporary_bytes`` are allocated inside the operator on top of its outputs. ``seed_bytes`` is
     the size of the generator state a replay of a random op needs, ``scratch_bytes`` of what a replay
     copies so as not to write to it (running statistics). ``inputs`` include what the op overwrites;
@@ -95,6 +96,12 @@ class Op:
     scratch_bytes: int = 0
     is_random: bool = False
     is_replayable: bool = False
+    overhead_s: float = 0.0
+
+    @property
+    def replay_s(self) -> float:
+        """Seconds of running it once more."""
+        return self.seconds + self.overhead_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ class StepGraph:
     def __post_init__(self) -> None:
         """Refuses numbers no step can have: the planner would compute nonsense from them."""
         for op in self.ops:
-            if not math.isfinite(op.seconds) or op.seconds < 0 or op.temporary_bytes < 0:
+            if not math.isfinite(op.replay_s) or min(op.seconds, op.overhead_s, op.temporary_bytes) < 0:
                 raise ValueError(f"op {op.key} has impossible seconds or bytes; record the step again")
 
     @property
@@ -244,7 +251,6 @@ class Profile:
         update: Every later one.
         fixed_s: Seconds of a micro-batch that do not grow with its rows.
         alignment_bytes: The allocator rounds every block up to this.
-        replay_overhead_s: Seconds that replaying one op costs beside the op itself.
         unexplained_bytes: What a measured run showed above the prediction; added to every peak.
         source: How it was recorded ("fake", "real") and where the seconds come from.
         basis: What it depends on: model, batch, versions and so on, each as a short text.
@@ -257,7 +263,6 @@ class Profile:
     update: StepGraph = NO_UPDATE
     fixed_s: float = 0.0
     alignment_bytes: int = 1
-    replay_overhead_s: float = 0.0
     unexplained_bytes: int = 0
     source: str = ""
     basis: Basis = ()

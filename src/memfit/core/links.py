@@ -20,10 +20,9 @@ from memfit.core.segments import Segment, read_segments
 
 @dataclass(slots=True)
 class Choices:
-    """The choices of each class of segments, for one profile's constants. See Note [Links] 1."""
+    """The choices of each class of segments, for one profile's alignment. See Note [Links] 1."""
 
     alignment_bytes: int
-    replay_overhead_s: float
     by_class: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
     by_shape: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
     by_passing: dict[tuple[str, frozenset[int]], Choice] = field(default_factory=dict)
@@ -33,10 +32,10 @@ class Choices:
         if segment.class_key not in self.by_class:
             known = self.by_shape.get(segment.shape_key)
             if known is None:
-                found = read_choices(segment, self.alignment_bytes, self.replay_overhead_s)
+                found = read_choices(segment, self.alignment_bytes)
             else:
                 tried = [choice.dropped for choice in known]
-                found = tried_choices(segment, tried, self.alignment_bytes, self.replay_overhead_s)
+                found = tried_choices(segment, tried, self.alignment_bytes)
             self.by_class[segment.class_key] = found
             self.by_shape.setdefault(segment.shape_key, found)
         return self.by_class[segment.class_key]
@@ -45,7 +44,7 @@ class Choices:
         """What a segment leaves behind if all of this is dropped."""
         key = segment.class_key, dropped
         if key not in self.by_passing:
-            (found,) = tried_choices(segment, [dropped], self.alignment_bytes, self.replay_overhead_s)
+            (found,) = tried_choices(segment, [dropped], self.alignment_bytes)
             self.by_passing[key] = found
         return self.by_passing[key]
 
@@ -65,15 +64,13 @@ def read_links(graph: StepGraph, choices: Choices) -> tuple[Link, ...]:
                 segment=segment,
                 choices=known,
                 path=path,
-                again_s=tuple(
-                    again_s(segment, path, everything.dropped, choice, choices.replay_overhead_s)
-                    for choice in known
-                ),
-                pass_s=again_s(segment, path, everything.dropped, everything, choices.replay_overhead_s),
+                again_s=tuple(again_s(segment, path, everything.dropped, choice) for choice in known),
+                pass_s=again_s(segment, path, everything.dropped, everything),
                 everything=everything,
                 stuck_bytes=max(0, passed.kept_bytes - segment.entry_bytes),
                 held_bytes=passed.held_bytes,
                 forward_peak_bytes=passed.forward_peak_bytes,
+                last=passed,
             )
         )
     return tuple(links)
@@ -95,9 +92,7 @@ def path_to(segment: Segment, following: Segment | None) -> frozenset[int]:
     return frozenset(found)
 
 
-def again_s(
-    segment: Segment, path: frozenset[int], most: frozenset[int], choice: Choice, overhead_s: float
-) -> float:
+def again_s(segment: Segment, path: frozenset[int], most: frozenset[int], choice: Choice) -> float:
     """Seconds to run a segment again up to the next entry, keeping what a choice keeps."""
     graph = segment.graph
     stack, ops = [*path, *(most - choice.dropped)], set[int]()
@@ -106,7 +101,7 @@ def again_s(
         if producer not in ops:
             ops.add(producer)
             stack.extend(v for v in graph.ops[producer].inputs if v in most or v in path)
-    return sum(graph.ops[op].seconds + overhead_s for op in sorted(ops))
+    return sum(graph.ops[op].replay_s for op in sorted(ops))
 
 
 def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:
@@ -116,7 +111,8 @@ def levels_of(links: Sequence[Link], ways: Sequence[Way]) -> dict[int, Level]:
         segment = link.segment
         dropped = dict.fromkeys(way.choice.dropped, Level(index, index))
         if way.made_for >= 0:
-            kept = link.everything.dropped - way.choice.dropped
+            saved = {save.value for save in segment.graph.saves}
+            kept = (link.everything.dropped | (link.path & saved)) - way.choice.dropped
             path = link.path - kept - way.choice.dropped
             dropped |= dict.fromkeys(path, Level(index, index))
             dropped |= dict.fromkeys(kept, Level(index, way.made_for))

@@ -70,12 +70,9 @@ class _Rows:
 class Program:
     """The program of one graph, built once; :meth:`solve` takes the budget. See Note [The program]."""
 
-    def __init__(
-        self, graph: StepGraph, *, alignment_bytes: int, replay_overhead_s: float, window: int
-    ) -> None:
+    def __init__(self, graph: StepGraph, *, alignment_bytes: int, window: int) -> None:
         self._graph = graph
         self._moments = read_moments(graph, alignment_bytes=alignment_bytes, window=window)
-        self._overhead_s = replay_overhead_s
         self._number_columns()
         self._unit_bytes = max([1, *self._moments.sizes])
         self._needs = self._need_rows()
@@ -312,7 +309,7 @@ class Program:
         cost = np.zeros(self._width)
         for op, first in self._made_from.items():
             column = first + self._moments.late[op] - self._moments.early[op]
-            cost[column] = self._graph.ops[op].seconds + self._overhead_s
+            cost[column] = self._graph.ops[op].replay_s
         return cost
 
     def _keepable(self) -> FloatArray:

@@ -150,7 +150,7 @@ class Planner:
         if not any(graph.ops for graph in profile.graphs):
             raise ValueError("the profile holds no recorded step, so there is nothing to plan; profile again")
         graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
-        choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
+        choices = Choices(profile.alignment_bytes)
         self._profile = profile
         self._update_bytes = update_peak_bytes(profile)
         found = (Candidate(profile, graph, choices, self._update_bytes) for graph in graphs)

@@ -6,7 +6,7 @@ Note [Strategies]
  2. Of every k blocks the first is checkpointed. The last would take as long and more memory: the backward
     begins with what the blocks at the end have kept.
  3. All are run by ``core/regions.py`` and priced like a plan, but in favour of the others: an op that runs
-    again costs its own seconds and nothing else, while a plan is charged ``Profile.replay_overhead_s`` for
+    again costs its own seconds and nothing else, while a plan is charged ``Op.overhead_s`` for
     each. Really a region costs some 0.4 to 0.8 ms of Python, and selective checkpointing 0.1 ms an op.
  4. Early stop is on, as is torch's default. A block of which torch would refuse an argument stays as it is.
  5. Selective checkpointing saves what matmuls, convolutions and attention make. torchtitan runs every second
@@ -75,7 +75,7 @@ def strategies(profile: Profile, *, micro_batch_size: int | None = None) -> list
         ValueError: The profile has no such micro-batch.
     """
     graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
-    choices = Choices(profile.alignment_bytes, profile.replay_overhead_s)
+    choices = Choices(profile.alignment_bytes)
     update_bytes = update_peak_bytes(profile)
     families: dict[str, list[Strategy]] = {}
     for graph in graphs:

@@ -22,7 +22,7 @@ from torch import nn
 
 from memfit.core.allocator import MIN_BLOCK_BYTES
 from memfit.core.batching import candidate_part_counts, parts_for
-from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes
+from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes, with_overhead
 from memfit.core.devices import Device, device_named
 from memfit.core.graph import Profile, Residents, StepGraph, in_blocks
 from memfit.errors import UnsupportedModel
@@ -85,15 +85,15 @@ def profile(
         return _opaque(job, place, counts, compiled, limit_bytes)
     graphs, residents, update, points = _recorded(job, place, counts, card, limit_bytes)
     alignment_bytes = _alignment_bytes(place, None if real else card)
+    is_asynchronous = place.type == "cuda" or not real
     return Profile(
         rows=rows,
-        graphs=tuple(graphs),
+        graphs=tuple(with_overhead(g, REPLAY_OVERHEAD_S, is_asynchronous=is_asynchronous) for g in graphs),
         residents=_in_blocks(residents, update, alignment_bytes),
         first_update=update.first.graph,
         update=update.later.graph,
         fixed_s=_fixed_s(graphs[0], points),
         alignment_bytes=alignment_bytes,
-        replay_overhead_s=REPLAY_OVERHEAD_S,
         unexplained_bytes=_unexplained_bytes(job, place),
         source=_source(points, card),
         basis=basis_of(job),
