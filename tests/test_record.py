@@ -293,6 +293,36 @@ def test_profiling_leaves_no_trace(raises: bool) -> None:
     assert _state(model) != before
 
 
+class _HooksItself(nn.Module):
+    """Installs a hook in its first forward and remembers in an attribute that it did, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.is_hooked = False
+        self.seen: list[Tensor] = []
+        self.cached: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds up what its hook saw, which must be one tensor."""
+        if not self.is_hooked:
+            self.lin.register_forward_hook(lambda module, args, out: self.seen.append(out))
+            self.is_hooked = True
+        self.cached.setdefault("ones", torch.ones(WIDTH))
+        self.seen.clear()
+        self.lin(x)
+        return torch.stack(self.seen).sum(0) * self.cached["ones"]
+
+
+def test_hooks_and_tables_that_a_forward_fills_once_are_as_before_profiling() -> None:
+    model, batch = _HooksItself(), floats()
+    step = memfit.fit(model, square_loss, batch, memory="1MiB")
+    assert (model.is_hooked, model.seen, model.cached) == (False, [], {})
+    assert not model.lin._forward_hooks
+    step(batch)
+    assert len(model.lin._forward_hooks) == len(model.seen) == 1
+
+
 def test_profiling_needs_no_memory_for_the_batch() -> None:
     zoo = ZOO["gpt2"]
     model, batch = zoo.build(1), zoo.batch(64, 1)
@@ -311,6 +341,31 @@ def recording_of_fakes(model: nn.Module, loss_fn: LossFn, batch: dict[str, Tenso
         return record(
             model, lambda: loss_fn(model, fakes), externals, probe, rows=64, gradients_resident=False
         ).graph
+
+
+def test_a_measured_step_lets_go_of_a_branch_the_loss_does_not_use() -> None:
+    model, batch = Net(_with_an_unused_branch, lin=nn.Linear(WIDTH, WIDTH)), floats()
+    for _ in range(2):  # the first pays for what is built once
+        with PeakMeter("cpu") as meter:
+            probe = RooflineProbe(Roofline())
+            externals = [*model.parameters(), batch]
+            record(
+                model,
+                lambda: square_loss(model, batch),
+                externals,
+                probe,
+                rows=len(batch),
+                gradients_resident=False,
+                hold_saved=True,
+            )
+            model.zero_grad()
+    assert meter.net_bytes == 0
+
+
+def _with_an_unused_branch(m: Any, x: Tensor) -> Any:
+    h = m.lin(x)
+    h.tanh().sigmoid()  # their outputs are saved, and no backward comes by
+    return h
 
 
 # ---- depth -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memfit
 from memfit.core.graph import Level
 from memfit.core.timeline import droppable
+from memfit.core.timeline import run as simulate_run
 from memfit.runtime import opinfo, replay
+from memfit.runtime.meter import PeakMeter
 from memfit.runtime.replay import Replayer, decisions_of
 from models import (
     CASES,
@@ -87,6 +90,50 @@ def test_any_levels_give_the_plain_step_to_the_bit(name: str) -> None:
     for levels in levels_of(graph):
         plan = [graph.value_key(value) for value in levels]
         assert_same(plain, step_outcome(model, case.loss, batch, plan, list(levels.values())))
+
+
+def test_any_levels_take_the_memory_that_is_simulated() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        h = m.lin(x)
+        for _ in range(5):  # autograd saves neither argument nor result of most of these
+            h = torch.sin(-(-torch.sin(h) + 1.0)) * 2.0
+        return h
+
+    model, batch, parts = Net(body, lin=nn.Linear(64, 64)), torch.randn(64, 64), 4
+    recorded(model, square_loss, batch)  # torch imports more with the first call
+    graph = recorded(model, square_loss, batch)
+    draw = random.Random(7)
+    for _ in range(30):
+        levels = {}
+        for value in sorted(droppable(graph)):
+            if draw.random() < 0.9:
+                segment = graph.values[value].producer * parts // graph.forward_ops
+                levels[value] = Level(segment, draw.randint(segment, parts))
+        plan = decisions_of([graph.value_key(value) for value in levels], list(levels.values()))
+        model.zero_grad()
+        with PeakMeter("cpu") as meter:
+            with Replayer(model, plan):
+                loss = square_loss(model, batch)
+            loss.backward()
+        simulated_bytes = simulate_run(graph, levels).peak.total_bytes
+        assert simulated_bytes - 100 <= meter.peak_bytes <= simulated_bytes
+
+
+def test_a_branch_the_loss_does_not_use_leaves_no_memory_behind() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        h = m.lin(x)
+        h.tanh().sigmoid()  # their outputs are saved, and no backward comes by
+        return h
+
+    model, batch = Net(body, lin=nn.Linear(WIDTH, WIDTH)), floats()
+    for plan in ({}, decisions_of(keys(graph := recorded(model, square_loss, batch), droppable(graph)))):
+        with PeakMeter("cpu") as meter:
+            with Replayer(model, plan):
+                loss = square_loss(model, batch)
+            loss.backward()
+            del loss
+            model.zero_grad()
+        assert meter.net_bytes == 0
 
 
 @pytest.mark.parametrize("in_levels", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,28 +104,30 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts every attribute, parameter, buffer and submodule of a model back to what it was at entry."""
+    """Puts every attribute, parameter, buffer, submodule and hook of a model back to what it was at entry.
+
+    Tables get back what they held: a flag put back without the hooks it stands for would have them twice.
+    """
     before = [
         (
             module,
             dict(module.__dict__),
-            dict(module._parameters),
-            dict(module._buffers),
-            dict(module._modules),
+            [(c, copy.copy(c)) for c in module.__dict__.values() if _is_container(c)],
         )
         for module in model.modules()
     ]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers, children in before:
+        for module, attributes, containers in before:
             for name in set(module.__dict__) - set(attributes):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-            for table, entries in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, children),
-            ):
-                table.clear()
-                table.update(entries)  # type: ignore[arg-type]
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _is_container(value: object) -> bool:
+    """Whether a module's attribute is a table of its own that a forward may write to."""
+    return type(value) in (dict, OrderedDict, defaultdict, list, set)

@@ -303,9 +303,11 @@ class Recorder(TorchDispatchMode):
         self.saves.append(Save(self._current[storage]))
         self.save_frames.append(self._sites.current.name)
         self.log.append(LogEntry(LogKind.PACK, index))
-        whole = tensor if self._hold_saved else self._copy(tensor, self._current[storage])
-        view = tensor if self._hold_saved else _view_of(whole, tensor)
-        return _Saved(view, whole, index, self.log)
+        if self._hold_saved:
+            held = tensor.detach()  # with its graph, an output would hold the node that is to hold it
+            return _Saved(held, held, index, self.log)
+        whole = self._copy(tensor, self._current[storage])
+        return _Saved(_view_of(whole, tensor), whole, index, self.log)
 
     def unpack(self, packed: Any) -> Tensor:
         """Notes that the backward wants a saved tensor."""
