@@ -173,3 +173,13 @@ def test_what_a_replay_costs_in_python_is_hidden_by_kernels_that_run_meanwhile(
     assert [op.replay_s for op in graph.ops[: graph.forward_ops]] == expected
     assert all(op.overhead_s == 0 for op in graph.ops[graph.forward_ops :])
     assert graph.forward_s == 6.0
+
+
+def test_temporaries_beyond_the_measured_rows_lie_on_the_line_to_those_at_the_most_rows() -> None:
+    """10 at 2 rows, 20 at 4, 90 at 8: at 6 rows 55 where the old line says 30; at 3 still 15."""
+    small, large, top = (Measured(rows, {KEY: 1.0}, {KEY: b}) for rows, b in ((2, 10), (4, 20), (8, 90)))
+    found = [
+        with_costs(replace(ONE, rows=rows), small, large, point).ops[0].temporary_bytes
+        for rows, point in ((6, None), (6, top), (8, top), (3, top))
+    ]
+    assert found == [30, 55, 90, 15]

@@ -300,6 +300,7 @@ def test_the_optimizer_step_can_be_the_peak() -> None:
     assert find_plan(profile, memory=2000).peak_owner == "optimizer.step"
     refusal = refusal_of(profile, 1999)
     assert (refusal.needed_bytes, refusal.owner) == (2000, "optimizer.step")
+    assert "an optimizer that holds less than 1000 B meanwhile: most have fused=True" in str(refusal)
 
 
 # ---- what people read -----------------------------------------------------------------------------------

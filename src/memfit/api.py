@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
-from memfit.errors import InexactAccumulation
+from memfit.errors import InexactAccumulation, InfeasibleBudget
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, counter_for
@@ -40,6 +41,9 @@ __all__ = [
     "profile",
     "simulate",
 ]
+
+
+_MOST_REFUSALS = 3
 
 
 def fit(
@@ -82,6 +86,30 @@ def fit(
     pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
     counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
     owner = _needs_whole(model, counter)
+    _refuse_parts(owner, rows, micro_batch_size)
+    whole_only = owner is not None and micro_batch_size is None
+    job = Job(model, loss_fn, batch, optimizer)
+    size = rows if whole_only else micro_batch_size
+
+    def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
+        found = _usable(stored, job, size, limit_bytes)
+        return _uncoupled(found, pinned=micro_batch_size is not None)
+
+    def find(current: Profile) -> Plan:
+        return find_plan(current, memory=budget_bytes)
+
+    profile = profiled_within(budget_bytes, profile)
+    if owner is not None or any(graph.coupled for graph in profile.graphs):
+        counter = None  # a later, larger batch must not be split either
+    try:
+        plan = find(profile)
+    except InfeasibleBudget as refused:
+        raise _tight(refused, budget_bytes, profiled_within, device_memory(place)[0]) from None
+    return Step(model, loss_fn, plan, profile, counter=counter, optimizer=optimizer, find=find)
+
+
+def _refuse_parts(owner: str | None, rows: int, micro_batch_size: int | None) -> None:
+    """Refuses micro-batches that were asked for where none are exact."""
     if owner is not None and micro_batch_size is not None and micro_batch_size < rows:
         raise InexactAccumulation(
             f"{owner}, so micro-batches of {micro_batch_size} of {rows} rows cannot be added up exactly: "
@@ -89,17 +117,29 @@ def fit(
             "over",
             owner=owner,
         )
-    whole_only = owner is not None and micro_batch_size is None
-    job = Job(model, loss_fn, batch, optimizer)
-    profile = _usable(profile, job, rows if whole_only else micro_batch_size, budget_bytes)
-    profiled = _uncoupled(profile, pinned=micro_batch_size is not None)
-    if owner is not None or any(graph.coupled for graph in profiled.graphs):
-        counter = None  # a later, larger batch must not be split either
 
-    def find(current: Profile) -> Plan:
-        return find_plan(current, memory=budget_bytes)
 
-    return Step(model, loss_fn, find(profiled), profiled, counter=counter, optimizer=optimizer, find=find)
+def _tight(
+    refused: InfeasibleBudget,
+    budget_bytes: int,
+    profiled_within: Callable[[int], Profile],
+    free_bytes: int,
+) -> InfeasibleBudget:
+    """A refusal that names memory with which the same call succeeds.
+
+    More memory lets more rows be measured, which may show that an op takes a little more.
+    """
+    for _ in range(_MOST_REFUSALS):
+        if refused.needed_bytes > free_bytes:
+            break
+        before = refused
+        try:
+            find_plan(profiled_within(before.needed_bytes), memory=budget_bytes)
+        except InfeasibleBudget as again:
+            refused = again
+        if refused.needed_bytes == before.needed_bytes:
+            break
+    return refused
 
 
 def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limit_bytes: int) -> Profile:

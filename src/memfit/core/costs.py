@@ -131,10 +131,14 @@ def quicker(one: Measured, other: Measured) -> Measured:
     return replace(one, seconds=seconds, temporary_bytes=highest)
 
 
-def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
+def with_costs(graph: StepGraph, small: Measured, large: Measured, top: Measured | None = None) -> StepGraph:
     """The graph with seconds and temporaries carried over from two measured sizes (or twice the same).
 
     An op neither run saw keeps what it has.
+
+    Args:
+        top: Temporaries of some ops at the most rows there are. Beyond the rows of ``large`` they lie on the
+            line to it, which is never too low where temporaries grow ever faster (a convolution's).
     """
     fixed = fixed_share(small, large)
     growth = fixed + (1.0 - fixed) * graph.rows / large.rows
@@ -146,6 +150,8 @@ def with_costs(graph: StepGraph, small: Measured, large: Measured) -> StepGraph:
             most = large.temporary_bytes[op.key]
             least = small.temporary_bytes.get(op.key, most)
             grown = _line(small.rows, least, large.rows, most, graph.rows)
+            if top is not None and op.key in top.temporary_bytes and graph.rows > large.rows:
+                grown = _line(large.rows, most, top.rows, top.temporary_bytes[op.key], graph.rows)
             op = replace(op, temporary_bytes=round(grown))
         ops.append(op)
     return replace(graph, ops=tuple(ops))

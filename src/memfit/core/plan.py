@@ -188,6 +188,15 @@ class Planner:
         bound_s = candidate.largest * candidate.bound_s(budget_bytes)
         return replace(plan, budget_bytes=budget_bytes, lower_bound_s=min(bound_s, plan.recompute_s))
 
+    def _cure(self, least: Plan) -> str:
+        """What would make less memory do."""
+        always_bytes = self._profile.residents.total_bytes + self._profile.unexplained_bytes
+        held_bytes = self._update_bytes - always_bytes
+        if least.peak_owner != "optimizer.step" or held_bytes <= 0:
+            return "make the model, the rows or the optimizer state smaller"
+        held = format_bytes(held_bytes)
+        return f"take an optimizer that holds less than {held} meanwhile: most have fused=True"
+
     def least(self, budget_bytes: int) -> Plan:
         """The plan of least peak where it fits.
 
@@ -203,7 +212,7 @@ class Planner:
             f"is {needed_bytes:,} B ({format_bytes(needed_bytes)}), held by {least.peak_owner}; parameters, "
             "gradients, optimizer state and batch alone take "
             f"{format_bytes(self._profile.residents.total_bytes)}. Raise the memory by "
-            f"{needed_bytes - budget_bytes:,} B, or make the model, the rows or the optimizer state smaller.",
+            f"{needed_bytes - budget_bytes:,} B, or {self._cure(least)}.",
             budget_bytes=budget_bytes,
             needed_bytes=needed_bytes,
             owner=least.peak_owner,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
 from memfit.core.costs import Measured, measured, quicker
+from memfit.core.devices import Roofline
 from memfit.core.graph import Residents
 from memfit.core.timeline import run as simulate_run
 from memfit.runtime.batch import rows_of
+from memfit.runtime.fake import Faker, faked, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
-from memfit.runtime.probe import probe_for
+from memfit.runtime.probe import MaterialProbe, probe_for
 from memfit.runtime.record import Recording
 
 _log = logging.getLogger("memfit")
@@ -19,6 +22,8 @@ _log = logging.getLogger("memfit")
 _FEW_ROWS = 4
 _QUICK_S = 0.6
 _REPEATS = 3
+_SOME = 4096  # bytes of temporaries worth a look
+_MOST_S = 3.0
 
 
 def measurable_rows(
@@ -30,8 +35,11 @@ def measurable_rows(
     smallest = min(recordings, key=lambda r: r.graph.rows).graph
     largest = max(recordings, key=lambda r: r.graph.rows).graph
     low_bytes, high_bytes = (simulate_run(g).peak.total_bytes for g in (smallest, largest))
-    per_row = (high_bytes - low_bytes) / max(1, largest.rows - smallest.rows)
-    free_bytes = limit_bytes - residents.total_bytes - low_bytes
+    free_bytes = limit_bytes - residents.total_bytes
+    if largest.rows == smallest.rows:  # of one size only the proportion is known; gradients are residents
+        return max(1, min(rows, int(largest.rows * free_bytes / max(1, high_bytes))))
+    per_row = (high_bytes - low_bytes) / (largest.rows - smallest.rows)
+    free_bytes -= low_bytes
     fitting = smallest.rows + int(max(0.0, free_bytes) / per_row) if per_row > 0 else rows
     return max(1, min(rows, fitting))
 
@@ -47,6 +55,30 @@ def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Me
     if large is None or small is None:
         return (small or large, small or large) if small or large else None  # type: ignore[return-value]
     return small, large
+
+
+def temporaries_at(
+    job: Job, place: torch.device, known: Measured, rows: int, free_bytes: float | None
+) -> Measured | None:
+    """Inner temporaries at a number of rows, of ops that have some at fewer; None if there are none to know.
+
+    The step runs on fakes and only those ops really, one at a time: they need no more memory than the step.
+    """
+    total = rows_of(job.batch)
+    count = -(-total // rows)
+    limit = math.inf if free_bytes is None else free_bytes
+    wanted = frozenset(
+        key.op.split(" of ")[0] for key, size in known.temporary_bytes.items() if size >= _SOME
+    )
+    if not wanted or known.rows >= rows:
+        return None
+    faker = Faker(mode_for(job.model))
+    with faked(job.model, faker), faker.mode:
+        prepare_gradients(job.model, resident=count > 1)
+        fake = job._replace(batch=faker.batch(job.batch))
+        probe = MaterialProbe(Roofline(), place, wanted, limit, _MOST_S)
+        run = record_part(fake, fake.batch, total, count, probe, resident=count > 1)
+    return measured(run.graph, run.signatures, run.peaks)
 
 
 def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from memfit.core.devices import Roofline
-from memfit.runtime.meter import quiet_kineto
-from memfit.runtime.opinfo import tensors_in
+from memfit.runtime.meter import PeakMeter, quiet_kineto
+from memfit.runtime.opinfo import map_tensors, tensors_in
 
 
 class OpCost(NamedTuple):
@@ -72,6 +74,65 @@ class RooflineProbe:
     def costs(self) -> list[OpCost]:
         """The estimates so far."""
         return self._costs
+
+
+class MaterialProbe(RooflineProbe):
+    """For fake tensors too, but some ops are also run really, one at a time and alone, at their true sizes.
+
+    Args:
+        place: The device to run them on.
+        wanted: Names of the ops (``str(func)``) of which the inner peak is to be measured.
+        free_bytes: An op whose arguments take more is not run.
+        most_s: Nor is any once this much time has gone by.
+    """
+
+    def __init__(
+        self, device: Roofline, place: torch.device, wanted: frozenset[str], free_bytes: float, most_s: float
+    ) -> None:
+        super().__init__(device)
+        self._place = place
+        self._wanted = wanted
+        self._free_bytes = free_bytes
+        self._until_s = time.perf_counter() + most_s
+        self._known: dict[object, int | None] = {}
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Estimates an op; measures what it allocates, its results included, if that is wanted."""
+        out = super().call(func, args, kwargs)
+        if str(func) in self._wanted:
+            looks = repr((func, map_tensors((args, list(kwargs.items())), _look)))
+            if looks not in self._known:
+                self._known[looks] = self._peak_bytes(func, args, kwargs)
+            self._costs[-1] = self._costs[-1]._replace(peak_bytes=self._known[looks])
+        return out
+
+    def _peak_bytes(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The inner peak of one op on numbers of no meaning; None where it cannot be had."""
+        sizes = [t.untyped_storage().nbytes() for t in tensors_in([*args, *kwargs.values()])]
+        if 2 * sum(sizes) > self._free_bytes or time.perf_counter() > self._until_s:
+            return None
+        try:
+            with _disable_current_modes(), torch.no_grad():
+                arguments = [map_tensors(a, self._material) for a in args]
+                keywords = {name: map_tensors(value, self._material) for name, value in kwargs.items()}
+                with PeakMeter(self._place) as meter:
+                    func(*arguments, **keywords)
+            return meter.peak_bytes
+        except (RuntimeError, IndexError):  # not with these numbers, or a profiler of the user's is running
+            return None
+
+    def _material(self, fake: Tensor) -> Tensor:
+        """A real tensor that looks like a fake one."""
+        items = 1 + sum((n - 1) * step for n, step in zip(fake.shape, fake.stride(), strict=True))
+        flat = torch.zeros(items if fake.numel() else 0, dtype=fake.dtype, device=self._place)
+        if fake.is_floating_point():
+            flat.uniform_()
+        return flat.as_strided(fake.shape, fake.stride())
+
+
+def _look(tensor: Tensor) -> object:
+    """What decides what an op allocates for a tensor."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 class CpuProbe:

@@ -3,7 +3,8 @@
 Note [Profiling]
  1. Shapes, bytes and lives come from fake tensors, at the true sizes, without memory.
  2. Seconds and the temporaries inside operators come from two real steps of a few rows, where there is a
-    real model and they fit ``limit_bytes``; elsewhere from a roofline, and temporaries are not known.
+    real model and they fit ``limit_bytes``; elsewhere from a roofline, and temporaries are not known. Ops
+    that have some run once more at the most rows, each alone, for temporaries grow in ways of their own.
  3. A model that reads its data (``.item()``, ``.all()`` of a mask) may fail on fakes, or take another way
     there. Where the real steps ran other ops, they are recorded instead, and bytes follow the line
     through their two sizes, which is exact as long as both did the same ops.
@@ -30,7 +31,7 @@ from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, check_model, optimizer_state
-from memfit.runtime.measure import measurable_rows, measure
+from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import LossFn
 from memfit.runtime.opaque import compiled_part, record_opaque
@@ -105,7 +106,7 @@ def _recorded(
 ) -> tuple[list[StepGraph], Residents, Update, tuple[Measured, Measured] | None]:
     """The step at every size and its update, with what was measured, if anything was."""
     model, rows = job.model, rows_of(job.batch)
-    points = None
+    points = top = None
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
         recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
         if not any(is_fake(p) for p in model.parameters()):
@@ -114,20 +115,26 @@ def _recorded(
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
+            free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
+            if points is not None and by_fakes:
+                most_rows = max(recording.graph.rows for recording in recordings)
+                top = temporaries_at(job, place, points[1], most_rows, free_bytes)
             if job.optimizer is not None:
-                free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
                 update = measured(update, job.optimizer, free_bytes)
-    return _priced(recordings, points, by_fakes), residents, update, points
+    return _priced(recordings, points, top, by_fakes), residents, update, points
 
 
 def _priced(
-    recordings: list[Recording], points: tuple[Measured, Measured] | None, by_fakes: bool
+    recordings: list[Recording],
+    points: tuple[Measured, Measured] | None,
+    top: Measured | None,
+    by_fakes: bool,
 ) -> list[StepGraph]:
     """The recorded graphs with what was measured; a scaled one also with the bytes its ops really made."""
     graphs = [recording.graph for recording in recordings]
     if points is None:
         return graphs
-    graphs = [with_costs(graph, *points) for graph in graphs]
+    graphs = [with_costs(graph, *points, top) for graph in graphs]
     return graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
 
 
