@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -175,7 +176,7 @@ def _is_block(module: nn.Module) -> bool:
 def _blocks_in(outermost: nn.Module) -> list[list[nn.Module]]:
     """The blocks of a list; if all differ in shapes, as stages do, the blocks in the lists inside them."""
     blocks = _repeated(outermost)
-    shapes = [tuple(p.shape for p in block.parameters()) for block in blocks]
+    shapes = [tuple(p.shape for p in block.parameters() if not is_lazy(p)) for block in blocks]
     if len(set(shapes)) < len(shapes):
         return [blocks]
     inside = [list(_outermost(block)) for block in blocks]
@@ -315,9 +316,10 @@ class _Call:
         args, kwargs, _ = self._given
         self._given = None  # what is needed again is kept by torch.utils.checkpoint, and checked by it
         self._host = (random.getstate(), np.random.get_state())
-        before = [_Buffer.of(*found) for found in _buffers_of(self._block)]
+        self._versions: list[tuple[nn.Parameter, int]] = []
+        self._buffers = [_Buffer.of(*found) for found in _buffers_of(self._block)]
         output = self._forward(self._block, *args, **kwargs)
-        self._buffers = [buffer for buffer in before if buffer.was_written()]
+        self._buffers = [buffer for buffer in self._buffers if buffer.was_written()]
         self._versions = [(p, p._version) for p in self._block.parameters() if not p.is_inference()]
         return output
 
@@ -341,8 +343,8 @@ class _Call:
             if parameter._version != version:
                 name = next((n for n, p in self._block.named_parameters() if p is parameter), "a parameter")
                 raise RuntimeError(
-                    f"{name!r} of a checkpointed {type(self._block).__name__} was written between its forward "
-                    "and its backward, so its gradients would be wrong: call backward() before optimizer.step()"
+                    f"{name!r} of a checkpointed {type(self._block).__name__} was written after its forward, "
+                    "so its gradients would be wrong: call backward() before optimizer.step()"
                 )
 
 
@@ -400,8 +402,8 @@ def _refuse_cache(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for value in (*args, *kwargs.values()):
         if hasattr(value, "get_seq_length") and hasattr(value, "update"):
             raise UnsupportedModel(
-                f"a checkpointed {type(block).__name__} was given a {type(value).__name__}: the recomputation "
-                "would fill it a second time, and it keeps what checkpointing frees. Training needs no cache: set "
-                "model.config.use_cache = False",
+                f"a checkpointed {type(block).__name__} was given a {type(value).__name__}: the "
+                "recomputation would fill it a second time, and it keeps what checkpointing frees. Training "
+                "needs no cache: set model.config.use_cache = False",
                 owner=type(block).__name__,
             )
