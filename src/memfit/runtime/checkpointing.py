@@ -227,8 +227,8 @@ def _refuse_twice(model: nn.Module) -> None:
             )
         if getattr(module, "gradient_checkpointing", False) is True:
             raise ValueError(
-                f"{name or 'the model'!r} has gradient_checkpointing on already: call "
-                "model.gradient_checkpointing_disable() first"
+                f"gradient checkpointing of transformers is on in {name or 'the model'!r} already: call "
+                "model.activation_checkpointing_disable() (or gradient_checkpointing_disable()) first"
             )
 
 
@@ -263,9 +263,10 @@ class _Checkpointed:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a pickle is an object of the plain class, which can be found by its name."""
         reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),):
-            return (reduced[0], (self._memfit_plain, *reduced[1][1:]), *reduced[2:])
-        return reduced
+        if not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
+            return reduced  # the user's own way to copy
+        # Not copyreg.__newobj__, with which pickle demands the class of the object itself.
+        return (self._memfit_plain.__new__, (self._memfit_plain,), *reduced[2:])
 
 
 def _checkpointed(plain: type[nn.Module]) -> type[nn.Module]:
@@ -328,7 +329,8 @@ class _Call:
         """Buffers and random numbers as the forward found them; afterwards as they were at entry."""
         self._refuse_written_parameters()
         host = (random.getstate(), np.random.get_state())
-        present = [buffer.swap_in() for buffer in self._buffers]
+        copies: dict[int, Tensor] = {}
+        present = [buffer.swap_in(copies) for buffer in self._buffers]
         _set_host(*self._host)
         try:
             yield
@@ -372,10 +374,12 @@ class _Buffer:
         unseen = self.tensor.is_floating_point() and self.tensor.dim() == 1
         return unseen or _version(self.tensor) != self.version
 
-    def swap_in(self) -> Tensor | None:
-        """Puts a private copy in its place; returns what was there."""
+    def swap_in(self, copies: dict[int, Tensor]) -> Tensor | None:
+        """Puts a private copy in its place, one for all modules that share it; returns what was there."""
         present = self.owner._buffers.get(self.name)
-        self.owner._buffers[self.name] = None if self.content is None else self.content.clone()
+        if self.content is not None and id(self.tensor) not in copies:
+            copies[id(self.tensor)] = self.content.clone()  # it may be needed again, under retain_graph
+        self.owner._buffers[self.name] = copies.get(id(self.tensor)) if self.content is not None else None
         return present
 
 
