@@ -28,10 +28,10 @@ from models import ZOO, LossFn, ZooCase, assert_same, outcome_of
 WIDTH = 6
 
 
-def built(name: str) -> tuple[nn.Module, ZooCase]:
+def built(name: str, scale: int = 1) -> tuple[Any, ZooCase]:
     """A model of the zoo in training mode, without a cache."""
     torch.manual_seed(3)
-    model = ZOO[name].build(1).train()
+    model: Any = ZOO[name].build(scale).train()
     if hasattr(model, "config"):
         model.config.use_cache = False
     return model, ZOO[name]
@@ -46,7 +46,7 @@ def assert_step_is_plain(model: nn.Module, loss_fn: LossFn, batch: Any, **option
         torch.manual_seed(7), random.seed(7), np.random.seed(7)
         for _ in range(2):  # the second adds to gradients, and starts from the buffers of the first
             loss = loss_fn(each, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         outcomes.append((outcome_of(each, loss), random.random(), np.random.random()))
     assert_same(outcomes[0][0], outcomes[1][0])
     assert outcomes[0][1:] == outcomes[1][1:]
@@ -72,13 +72,13 @@ def test_a_step_of_the_zoo_is_bitwise_the_plain_one(name: str) -> None:
 def test_both_lists_of_an_encoder_decoder_are_found() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
+    config = T5Config(  # type: ignore[call-arg,unused-ignore]
         vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2,
         use_cache=False, decoder_start_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     ids = torch.randint(1, 50, (3, 8))
-    model = T5ForConditionalGeneration(config).train()
+    model: Any = T5ForConditionalGeneration(config).train()
     blocks = assert_step_is_plain(model, lambda m, b: m(input_ids=b, labels=b).loss, ids)
     assert blocks == ("encoder.block.0", "encoder.block.1", *(f"decoder.block.{i}" for i in range(3)))
 
@@ -118,6 +118,12 @@ def test_batch_norm_statistics_are_updated_once() -> None:
 class Stateful(nn.Module):
     """A block whose output depends on what it writes: buffers of every kind, and randomness of the host."""
 
+    mean: Tensor
+    table: Tensor
+    calls: Tensor
+    late: Tensor | None
+    twin: Any
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
@@ -145,11 +151,14 @@ class Stateful(nn.Module):
         if self.kind == "host":
             x = x * random.random() * float(np.random.random())
         late = 0 if self.late is None else self.late
-        return (x * (self.table.sum(0) + late + self.mean + 1)).exp().tanh()
+        out: Tensor = (x * (self.table.sum(0) + late + self.mean + 1)).exp().tanh()
+        return out
 
 
 class Chain(nn.Module):
     """Blocks in a row, each called twice."""
+
+    layers: Any
 
     def __init__(self, make: Callable[[], nn.Module], number: int = 2) -> None:
         super().__init__()
@@ -176,7 +185,7 @@ def test_buffers_are_the_same_tensors_after_a_step() -> None:
     model = Chain(lambda: Stateful("in place"))
     before = dict(model.named_buffers())
     with memfit.apply_gradient_checkpointing(model):
-        square_loss(model, torch.randn(5, WIDTH)).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, torch.randn(5, WIDTH)).backward()
         assert all(buffer is before[name] for name, buffer in model.named_buffers())
 
 
@@ -207,6 +216,8 @@ class Nested(nn.Module):
 class NestedModel(nn.Module):
     """Feeds nested blocks."""
 
+    layers: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Nested() for _ in range(3))
@@ -232,12 +243,13 @@ def test_an_argument_overwritten_after_the_block_is_an_error() -> None:
             scale = self.scale * 1.5
             out = self.layers[0]({"x": x}, scales=[scale])["x"]
             scale.mul_(2)
-            return out * scale
+            product: Tensor = out * scale
+            return product
 
     model = Overwriting()
     memfit.apply_gradient_checkpointing(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        square_loss(model, torch.randn(4, WIDTH)).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, torch.randn(4, WIDTH)).backward()
 
 
 def test_a_parameter_written_before_the_backward_is_an_error() -> None:
@@ -247,7 +259,7 @@ def test_a_parameter_written_before_the_backward_is_an_error() -> None:
     with torch.no_grad():
         model.layers[0].lin.bias.add_(1)
     with pytest.raises(RuntimeError, match=r"'lin\.bias' of a checkpointed Nested was written"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 def test_several_forwards_before_their_backwards_are_exact() -> None:
@@ -274,21 +286,21 @@ def test_autocast_is_repeated() -> None:
 
 
 def peak_bytes(model: nn.Module, zoo: ZooCase, batch: Any) -> int:
-    zoo.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    zoo.loss(model, batch).backward()
     with PeakMeter("cpu") as meter:
-        zoo.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        zoo.loss(model, batch).backward()
     return meter.peak_bytes
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_a_step_takes_fewer_bytes_and_every_second_block_lies_between(name: str) -> None:
     torch.manual_seed(0)
-    model, zoo = built(name)
-    batch = zoo.batch(12, 1)
+    model, zoo = built(name, scale=2)  # four blocks
+    batch = zoo.batch(4, 2)
     plain = peak_bytes(model, zoo, batch)
     with memfit.apply_gradient_checkpointing(model, every=2) as handle:
         half = peak_bytes(model, zoo, batch)
-        assert handle.blocks == ZOO_BLOCKS[name][::2]
+        assert [block[-2:] for block in handle.blocks] == [".0", ".2"]
     with memfit.apply_gradient_checkpointing(model):
         least = peak_bytes(model, zoo, batch)
     assert least < half < plain
@@ -317,7 +329,7 @@ def test_no_graph_or_no_training_means_no_checkpoint() -> None:
         runs = 0
         loss = square_loss(model, torch.randn(2, WIDTH))
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return runs
 
     assert step() == 8
@@ -364,7 +376,7 @@ def test_nothing_but_the_class_of_the_blocks_changes_and_the_undo_is_exact() -> 
     handle = memfit.apply_gradient_checkpointing(model)
     assert without_types(traces(model)) == without_types(before)
     assert traces(model) != before
-    zoo.loss(model, zoo.batch(2, 1)).backward()  # type: ignore[no-untyped-call]
+    zoo.loss(model, zoo.batch(2, 1)).backward()
     handle.remove()
     assert traces(model) == before
     handle.remove()
@@ -373,6 +385,8 @@ def test_nothing_but_the_class_of_the_blocks_changes_and_the_undo_is_exact() -> 
 
 class Failing(nn.Module):
     """Fails when told so, after it has written a buffer."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -406,7 +420,7 @@ def test_an_exception_in_a_recomputation_puts_buffers_and_random_numbers_back() 
         model.layers[1].fails_at = 2
         streams = torch.get_rng_state(), random.getstate()
         with pytest.raises(KeyError, match="the block fails"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         assert all(b is buffers[name] for name, b in model.named_buffers())
         assert [int(b) for b in model.buffers()] == contents
         assert torch.equal(streams[0], torch.get_rng_state())
@@ -418,12 +432,12 @@ def pickled(protocol: int) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, *map(pickled, range(pickle.HIGHEST_PROTOCOL + 1))])
-def test_a_copy_or_a_pickle_is_a_plain_model_of_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_copy_or_a_pickle_is_a_plain_model_of_its_own(copied: Callable[[Any], Any]) -> None:
     model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)))
     memfit.apply_gradient_checkpointing(model)
     twin = copied(model)
     assert [type(layer) for layer in twin] == [nn.TransformerEncoderLayer] * 2
-    square_loss(twin, torch.randn(3, 2, 8)).backward()  # type: ignore[no-untyped-call]
+    square_loss(twin, torch.randn(3, 2, 8)).backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in twin.parameters())
     memfit.apply_gradient_checkpointing(twin)
@@ -437,7 +451,7 @@ def test_hooks_of_a_block_run_once() -> None:
     model.layers[0].register_full_backward_hook(lambda *_: calls.append("backward"))
     memfit.apply_gradient_checkpointing(model)
     x = torch.randn(2, WIDTH, requires_grad=True)
-    square_loss(model, x).backward()  # type: ignore[no-untyped-call]
+    square_loss(model, x).backward()
     assert calls == ["before", "after"] * 2 + ["backward"] * 2
 
 
@@ -473,7 +487,7 @@ def test_a_cache_is_refused_with_the_cure() -> None:
     zoo.loss(model, batch)
     model.train()
     model.config.use_cache = False
-    zoo.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    zoo.loss(model, batch).backward()
 
 
 def blocks_of(model: Chain) -> Iterator[tuple[Any, tuple[str, ...]]]:
@@ -561,11 +575,12 @@ def test_fit_takes_a_checkpointed_model_as_it_is() -> None:
     loss = step(batch)
     torch.manual_seed(5)
     plain = zoo.loss(model, batch)
-    plain.backward()  # type: ignore[no-untyped-call]
+    plain.backward()
     assert_same(outcome_of(model, plain), outcome_of(wrapped, loss))
 
 
 def test_torch_alone_would_update_the_statistics_twice() -> None:
     norm = nn.BatchNorm1d(WIDTH)
     checkpoint(norm, torch.randn(4, WIDTH), use_reentrant=False).sum().backward()
+    assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 2  # the day this fails, the swap of buffers can go

@@ -32,12 +32,11 @@ class Tagger(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        draw = {"generator": generator, "dtype": torch.float64}
-        self.embed = nn.Parameter(torch.randn(7, WIDTH, **draw))
-        self.out = nn.Parameter(torch.randn(WIDTH, CLASSES, **draw))
+        self.embed = nn.Parameter(torch.randn(7, WIDTH, generator=generator, dtype=torch.float64))
+        self.out = nn.Parameter(torch.randn(WIDTH, CLASSES, generator=generator, dtype=torch.float64))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.embed[ids].cumsum(1).tanh() @ self.out
+        return torch.matmul(self.embed[ids].cumsum(1).tanh(), self.out)
 
 
 def token_batch(draw: Callable[[st.SearchStrategy[int]], int], rows: int, length: int) -> Batch:
@@ -124,7 +123,7 @@ def test_the_gradient_of_a_window_of_rows_is_that_of_the_concatenated_batch(
     loader = [torch.randn(size, WIDTH, dtype=torch.float64) for size in sizes]
 
     def loss_fn(rows: Tensor) -> Tensor:
-        errors = layer(rows).square()
+        errors: Tensor = layer(rows).square()
         return errors.mean() if name == "rows" else errors.sum()
 
     for number, window in enumerate(memfit.windows(loader, steps, name)):
