@@ -11,7 +11,7 @@ one micro-batch more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import is_plain, tensors_of
-from memfit.runtime.count import NAMED, Counter, one, weights
+from memfit.runtime.count import NAMED, one, weights
 
 Batch = TypeVar("Batch")
+Units = Callable[[Any], float | Tensor]  # how many counted units a micro-batch holds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +60,7 @@ class Windows(Generic[Batch]):
 
     __slots__ = ("_counter", "_is_named", "_loader", "_steps")
 
-    def __init__(self, loader: Iterable[Batch], steps: int, counter: Counter, *, is_named: bool) -> None:
+    def __init__(self, loader: Iterable[Batch], steps: int, counter: Units, *, is_named: bool) -> None:
         self._loader = loader
         self._steps = steps
         self._counter = counter
@@ -98,7 +99,7 @@ class Windows(Generic[Batch]):
                 number, self._counter(micro_batch)
             )  # an error of the user's own code is left as it is
         try:
-            return self._counter(micro_batch)
+            return float(self._counter(micro_batch))
         except ValueError as error:
             raise ValueError(f"micro-batch {number} of the loader: {error}") from error
         except InexactAccumulation as error:
@@ -133,7 +134,7 @@ class Windows(Generic[Batch]):
 
 
 def windows(
-    loader: Iterable[Batch], gradient_accumulation_steps: int = 4, count: str | Counter = "rows"
+    loader: Iterable[Batch], gradient_accumulation_steps: int = 4, count: str | Units = "rows"
 ) -> Windows[Batch]:
     """Returns windows of micro-batches whose weights make gradient accumulation exact, in one's own loop.
 
