@@ -97,7 +97,7 @@ class Windows(Generic[Batch]):
         if not self._is_named:
             return _valid(
                 number, self._counter(micro_batch)
-            )  # an error of the user's own code is left as it is
+            )  # errors of the user's own code stay as they are
         try:
             return float(self._counter(micro_batch))
         except ValueError as error:
@@ -200,8 +200,8 @@ class _Fetched(Generic[Batch]):
         for path, tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{path} of micro-batch {self.number} was overwritten when the loader made a later one, "
-                    "and a window holds them all: let the loader yield new tensors (or copies)"
+                    f"{path} of micro-batch {self.number} was overwritten after the loader had given it out, and "
+                    "a window holds several: let the loader yield new tensors, and the loop write to copies"
                 )
 
 
