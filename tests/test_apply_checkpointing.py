@@ -190,10 +190,10 @@ def test_buffers_are_the_same_tensors_after_a_step() -> None:
 
 
 def test_a_graph_can_be_run_backward_twice() -> None:
-    model = Chain(lambda: Stateful("in place")).double()
+    model = Chain(lambda: Stateful("in place"))
     parameters = list(model.parameters())
     memfit.apply_gradient_checkpointing(model)
-    loss = square_loss(model, torch.randn(5, WIDTH, dtype=torch.float64))
+    loss = square_loss(model, torch.randn(5, WIDTH))
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     second = torch.autograd.grad(loss, parameters)
     assert all(map(torch.equal, first, second))

@@ -221,7 +221,7 @@ def test_a_window_that_the_loop_let_go_is_not_kept_by_the_iterator() -> None:
 
     for window in memfit.windows(loader(), 2):
         del window
-    assert max(alive) <= 3
+    assert max(alive) == 2
 
 
 @dataclass

@@ -200,8 +200,8 @@ class _Fetched(Generic[Batch]):
         for path, tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{path} of micro-batch {self.number} was overwritten after the loader had given it out, and "
-                    "a window holds several: let the loader yield new tensors, and the loop write to copies"
+                    f"{path} of micro-batch {self.number} was overwritten after the loader had given it out, "
+                    "and a window holds several: let the loader yield new tensors, and write to copies"
                 )
 
 
