@@ -408,6 +408,6 @@ def _refuse_cache(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             raise UnsupportedModel(
                 f"a checkpointed {type(block).__name__} was given a {type(value).__name__}: the "
                 "recomputation would fill it a second time, and it keeps what checkpointing frees. Training "
-                "needs no cache: set model.config.use_cache = False",
+                "needs no cache: call the model with use_cache=False",
                 owner=type(block).__name__,
             )
