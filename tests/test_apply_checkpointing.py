@@ -106,6 +106,18 @@ def test_blocks_of_experts_stay_whole() -> None:
     assert memfit.apply_gradient_checkpointing(model).blocks == ("layers.0", "layers.1", "layers.2")
 
 
+def test_a_list_beside_repeated_blocks_is_found_too() -> None:
+    def block() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 8)
+
+    down = nn.ModuleList(
+        [block(), block(), nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Failing(), Failing()]))]
+    )
+    model = nn.ModuleDict({"down": down, "heads": nn.ModuleList([nn.ModuleList([block(), block()])])})
+    found = memfit.apply_gradient_checkpointing(model).blocks
+    assert found == ("down.0", "down.1", "down.2.1.0", "down.2.1.1", "heads.0.0", "heads.0.1")
+
+
 def test_batch_norm_statistics_are_updated_once() -> None:
     torch.manual_seed(0)
     model = ResNet(classes=4, width=4).train()

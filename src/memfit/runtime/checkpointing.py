@@ -150,11 +150,12 @@ def _found(model: nn.Module) -> list[list[nn.Module]]:
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost lists of blocks in ``module``, itself included."""
-    if _repeated(module):
+    blocks = _repeated(module)
+    if blocks:
         yield module
-        return
     for child in module.children():
-        yield from _outermost(child)
+        if child not in blocks:
+            yield from _outermost(child)
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
