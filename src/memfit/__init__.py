@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         Timeline,
         Verdict,
         Workload,
+        apply_gradient_checkpointing,
         find_plan,
         fit,
         frontier,
         profile,
         simulate,
+        windows,
     )
 
 __version__ = "0.1.0"
@@ -46,11 +48,13 @@ __all__ = [
     "Verdict",
     "VerificationFailed",
     "Workload",
+    "apply_gradient_checkpointing",
     "find_plan",
     "fit",
     "frontier",
     "profile",
     "simulate",
+    "windows",
 ]
 
 

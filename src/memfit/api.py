@@ -18,6 +18,7 @@ from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation, InfeasibleBudget
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
+from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.count import Counter, counter_for
 from memfit.runtime.job import Job, check_model
 from memfit.runtime.meter import device_memory
@@ -25,6 +26,7 @@ from memfit.runtime.micro import LossFn
 from memfit.runtime.profiling import profile
 from memfit.runtime.profiling import profile as record_profile
 from memfit.runtime.step import Step, Verdict
+from memfit.runtime.windows import windows
 from memfit.units import parse_memory
 from memfit.workload import Workload
 
@@ -35,11 +37,13 @@ __all__ = [
     "Timeline",
     "Verdict",
     "Workload",
+    "apply_gradient_checkpointing",
     "find_plan",
     "fit",
     "frontier",
     "profile",
     "simulate",
+    "windows",
 ]
 
 

@@ -112,6 +112,11 @@ def tensors_of(batch: object) -> Iterator[tuple[str, Tensor]]:
             yield path, leaf
 
 
+def is_plain(batch: object) -> bool:
+    """Whether ``batch`` holds only plain values (Rule 2): no tensor, and nothing that may hide one."""
+    return all(isinstance(leaf, _PLAIN_TYPES) for _, leaf in _leaves(_ROOT, batch))
+
+
 def map_tensors(batch: Any, fn: Callable[[Tensor], Any]) -> Any:
     """Returns ``batch`` with ``fn`` applied to each tensor, of the same type and nesting.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,14 @@ def one(part: Any) -> float:
     return 1.0
 
 
+NAMED: Final[Mapping[str, Counter]] = {
+    "rows": rows,
+    "labels": labels,
+    "shifted_labels": shifted_labels,
+    "sum": one,
+}
+
+
 def weights(counter: Counter, parts: list[Any]) -> list[float]:
     """The weight of each part; they add up to 1, or are all 1 for a sum.
 
@@ -78,11 +86,10 @@ def counter_for(count: str | Counter, model: nn.Module, loss_fn: LossFn, batch: 
     """
     if callable(count):
         return count
-    named: dict[str, Counter] = {"rows": rows, "labels": labels, "shifted_labels": shifted_labels, "sum": one}
-    if count in named:
-        return named[count]
+    if count in NAMED:
+        return NAMED[count]
     if count != "auto":
-        raise ValueError(f"count is {count!r}: give 'auto', {', '.join(map(repr, named))} or a function")
+        raise ValueError(f"count is {count!r}: give 'auto', {', '.join(map(repr, NAMED))} or a function")
     return _probed(model, loss_fn, batch)
 
 
