@@ -41,10 +41,11 @@ check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promis
 	$(PY) -m pytest -m cuda
 	$(PY) benchmarks/check_cuda.py --out benchmarks/results/$(TODAY)_cuda_gpt2_medium.json
 
-bench: $(STAMP)  ## Measure what the README reports
+bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/gaps.py --out benchmarks/results/$(TODAY)_cpu_gaps.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py
 	$(PY) benchmarks/render.py
 

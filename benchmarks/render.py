@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+Row = tuple[str, str, str]
 BEGIN, END = "<!-- results: made by benchmarks/render.py -->", "<!-- end of results -->"
 
 
@@ -26,47 +27,120 @@ def newest(kind: str) -> tuple[Any, str]:
 
 def table() -> str:
     """The table in Markdown."""
-    zoo, zoo_file = newest("zoo")
-    recompute, recompute_file = newest("recompute")
-    large, large_file = newest("large")
-    overhead, overhead_file = newest("overhead")
+    lines = ["| what | measured | run |", "|---|---|---|"]
+    for part in (_promises(), _families(), _rivals(), _large(), _gaps(), _overhead()):
+        lines += [f"| {what} | {measured} | {run} |" for what, measured, run in part]
+    return "\n".join(lines)
+
+
+def _promises() -> list[Row]:
+    """Small models of all kinds at five budgets."""
+    zoo, run = newest("zoo")
     ratios = [row["ratio"] for row in zoo]
-    lines = [
-        "| what | measured | run |",
-        "|---|---|---|",
-        f"| loss, gradients, buffers, random state against the plain step: {len(zoo)} runs over "
-        f"{len({row['model'] for row in zoo})} models | "
-        f"{sum(row['bitwise'] for row in zoo)} of {len(zoo)} bitwise equal | {zoo_file} |",
-        f"| measured peak above the budget | {sum(r['measured_bytes'] > r['budget_bytes'] for r in zoo)} of "
-        f"{len(zoo)} | {zoo_file} |",
-        f"| predicted over measured peak: lowest, median, highest | {min(ratios):.5f}, "
-        f"{statistics.median(ratios):.5f}, {max(ratios):.5f} | {zoo_file} |",
+    over = sum(row["measured_bytes"] > row["budget_bytes"] for row in zoo)
+    models = len({row["model"] for row in zoo})
+    return [
+        (
+            f"loss, gradients, buffers, random state against the plain step: {len(zoo)} runs over {models} "
+            "models",
+            f"{sum(row['bitwise'] for row in zoo)} of {len(zoo)} bitwise equal",
+            run,
+        ),
+        ("measured peak above the budget", f"{over} of {len(zoo)}", run),
+        ("predicted over measured peak: lowest, median, highest", _spread(ratios), run),
     ]
-    for model in dict.fromkeys(row["model"] for row in recompute):
-        own = [row for row in recompute if row["model"] == model]
+
+
+def _families() -> list[Row]:
+    """Whole steps of many families, the optimizer included."""
+    rows, run = newest("families")
+    models = len({row["model"] for row in rows})
+    equal = sum(not row["differences"] for row in rows)
+    return [
+        (
+            f"{models} families of `transformers`, {len(rows)} runs of two whole steps with AdamW: bitwise "
+            "equal",
+            f"{equal} of {len(rows)}",
+            run,
+        ),
+        *(
+            (
+                f"predicted over measured peak of the {which} step, `optimizer.step()` included: lowest, "
+                "median, highest",
+                _spread([row[f"{which}_ratio"] for row in rows]),
+                run,
+            )
+            for which in ("first", "second")
+        ),
+    ]
+
+
+def _spread(ratios: list[float]) -> str:
+    """Lowest, median, highest."""
+    return f"{min(ratios):.5f}, {statistics.median(ratios):.5f}, {max(ratios):.5f}"
+
+
+def _rivals() -> list[Row]:
+    """Against checkpointing every block."""
+    rows, run = newest("recompute")
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
         figures = ", ".join(f"{row['ratio']:.2f}" for row in own if "factor" in row)
         least = next(row["least_over_blocks"] for row in own if "least_over_blocks" in row)
-        lines.append(
-            f"| {model}: recompute seconds over those of `torch.utils.checkpoint` around every block, at 1, "
-            f"1.5, 2 and 3 times its activation bytes | {figures} | {recompute_file} |"
-        )
-        lines.append(f"| {model}: least activation bytes over the same | {least:.2f} | {recompute_file} |")
-    half = next(row for row in large["plans"] if row["share_of_activations"] == 0.5)
-    slowest_s = max(row["plan_s"] for row in large["plans"])
-    lines += [
-        f"| Llama 7B, 4 x 2048 tokens, on two CPU cores: profile, slowest plan, real memory | "
-        f"{large['profile_s']:.1f} s, {slowest_s:.1f} s, {large['real_memory_gib']:.1f} GiB | {large_file} |",
-        f"| the same at half the activations (roofline seconds): extra over the plain step, certified gap | "
-        f"{half['extra_over_plain_step']:.1%}, {half['gap_of_step']:.2%} of a step | {large_file} |",
-        f"| the same in parts, least activation bytes over those of checkpointing every block, simulated | "
-        f"{large['least_over_blocks']:.2f} | {large_file} |",
-        f"| Llama 70B, 80 layers: slowest plan, certified gap | "
-        f"{max(row['plan_s'] for row in large['plans_70b']):.1f} s, at most "
-        f"{max(row['gap_of_step'] for row in large['plans_70b']):.2%} of a step | {large_file} |",
-        f"| Python cost of an op outside the plan | {overhead['outside the plan']['us_per_op']:.1f} us | "
-        f"{overhead_file} |",
+        what = f"{model}: recompute seconds over those of `torch.utils.checkpoint` around every block, at 1, "
+        lines.append((f"{what}1.5, 2 and 3 times its activation bytes", figures, run))
+        lines.append((f"{model}: least activation bytes over the same", f"{least:.2f}", run))
+    return lines
+
+
+def _large() -> list[Row]:
+    """Large models on fake tensors."""
+    large, run = newest("large")
+    seven = [row for row in large["plans"] if (row["model"], row["dtype"]) == ("Llama 7B", "bfloat16")]
+    lines = [
+        (
+            "Llama 7B, 4 x 2048 tokens, on two CPU cores: profile, slowest plan, real memory",
+            f"{large['profile_7b_s']:.1f} s, {max(row['plan_s'] for row in seven):.1f} s, "
+            f"{large['real_memory_gib']:.1f} GiB",
+            run,
+        ),
+        (
+            "Llama 70B, 80 layers: slowest plan, certified gap",
+            f"{max(row['plan_s'] for row in large['plans_70b']):.1f} s, at most "
+            f"{max(row['gap_of_step'] for row in large['plans_70b']):.2%} of a step",
+            run,
+        ),
+        (
+            "12-layer GPT-2: slowest plan, whole frontier",
+            f"{max(row['plan_s'] for row in large['plans_12']):.1f} s, {large['frontier_12_s']:.1f} s",
+            run,
+        ),
     ]
-    return "\n".join(lines)
+    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in large["plans"]):
+        own = [row for row in large["plans"] if (row["model"], row["dtype"]) == (model, dtype)]
+        extra = ", ".join(f"{row['extra_over_plain_step']:.1%}" for row in own)
+        what = f"{model} in {dtype}, H100 roofline: extra over the plain step at 60, 50, 40 % of its "
+        lines.append((f"{what}activations", extra, run))
+    what = "Llama 7B: least activation bytes over those of checkpointing every block, both simulated"
+    return [*lines, (what, f"{large['least_over_blocks']:.2f}", run)]
+
+
+def _gaps() -> list[Row]:
+    """Certificates and law 5."""
+    rows, run = newest("gaps")
+    breaches = sum(row["slower_with_more_memory"] + row["higher_with_less_memory"] for row in rows)
+    worst = "; ".join(f"{row['model']} {row['worst_gap_of_step']:.2%}" for row in rows)
+    return [
+        (f"certified gap, worst of {rows[0]['budgets']} budgets, in a step", worst, run),
+        ("more memory slower, or less memory higher", f"{breaches}", run),
+    ]
+
+
+def _overhead() -> list[Row]:
+    """Python."""
+    rows, run = newest("overhead")
+    return [("Python cost of an op outside the plan", f"{rows['outside the plan']['us_per_op']:.1f} us", run)]
 
 
 def main() -> None:

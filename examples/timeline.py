@@ -15,7 +15,8 @@ WIDTH = 96
 
 def strip(profile: memfit.Profile, plan: memfit.Plan, top_bytes: int) -> str:
     """The highest live bytes of each stretch of the step, drawn against ``top_bytes``."""
-    totals = [event.total_bytes for event in memfit.simulate(profile, plan).events]
+    events = memfit.simulate(profile, plan).events
+    totals = [event.total_bytes for event in events if event.phase != "update"]
     edges = [i * len(totals) // WIDTH for i in range(WIDTH + 1)]
     highest = [max(totals[a : max(b, a + 1)]) for a, b in itertools.pairwise(edges)]
     return sparkline([0.0, float(top_bytes), *highest])[2:]
