@@ -32,12 +32,12 @@ def rows(part: Any) -> float:
 
 def labels(part: Any) -> float:
     """The labels of a micro-batch that are not -100: for losses that are a mean over labels."""
-    return float((_labels_of(part) != IGNORED).sum())
+    return float((labels_of(part) != IGNORED).sum())
 
 
 def shifted_labels(part: Any) -> float:
     """The same without the first of each row, which a causal language model has nothing to predict from."""
-    found = _labels_of(part)
+    found = labels_of(part)
     if found.dim() < 2:
         raise InexactAccumulation("labels without a sequence cannot be shifted", owner="batch")
     return float((found[..., 1:] != IGNORED).sum())
@@ -109,8 +109,8 @@ def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
     if total_rows < 3 or _precision(model) < 23:
         return None
     try:
-        plain = _some_rows(batch, total_rows)
-        thinned = _thinned(plain)
+        plain = some_rows(batch, total_rows)
+        thinned = thinned(plain)
         with torch.no_grad(), _evaluating(model), untouched(model):
             if thinned is not None:
                 return _only_match(model, loss_fn, thinned, (shifted_labels, labels, rows, one))
@@ -152,7 +152,7 @@ def _adds_up(counter: Counter, parts: list[Any], losses: list[float], whole: flo
     return 0.0 not in shares and abs(summed - whole) <= _TOLERANCE * abs(whole)
 
 
-def _some_rows(batch: Any, total_rows: int) -> Any:
+def some_rows(batch: Any, total_rows: int) -> Any:
     """A few rows from all over a batch; the first ones where it holds lists of an entry a row."""
     few = min(_PROBE_ROWS, total_rows)
     if all(t.shape[:1] == (total_rows,) for _, t in tensors_of(batch)) and not _has_lists(batch):
@@ -169,7 +169,7 @@ def _has_lists(batch: Any) -> bool:
     return not isinstance(values, (list, tuple)) or not all(isinstance(v, Tensor) for v in values)
 
 
-def _labels_of(part: Any) -> Tensor:
+def labels_of(part: Any) -> Tensor:
     """The labels of a batch: the leaf called so."""
     found = [
         t for path, t in tensors_of(part) if path.rstrip("']\"").endswith(("labels", "label", "targets"))
@@ -183,7 +183,7 @@ def _labels_of(part: Any) -> Tensor:
     return found[0]
 
 
-def _thinned(probe: Any) -> Any | None:
+def thinned(probe: Any) -> Any | None:
     """The same rows, some labels of the first row ignored; None where no label is known to be ignorable.
 
     A value of -100 is put in only beside others like it: where the loss does not know it, it is an index out
@@ -191,7 +191,7 @@ def _thinned(probe: Any) -> Any | None:
     """
     ignoring = [t for _, t in tensors_of(probe) if not t.is_floating_point() and (t == IGNORED).any()]
     try:
-        found = _labels_of(probe)
+        found = labels_of(probe)
     except InexactAccumulation:
         if ignoring:
             raise
