@@ -19,12 +19,14 @@ from memfit.errors import (
 
 if TYPE_CHECKING:
     from memfit.api import (
+        Audit,
         Plan,
         Profile,
         Step,
         Timeline,
         Verdict,
         Workload,
+        audit,
         find_plan,
         fit,
         frontier,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "InexactAccumulation",
     "InfeasibleBudget",
     "MemfitError",
@@ -46,6 +49,7 @@ __all__ = [
     "Verdict",
     "VerificationFailed",
     "Workload",
+    "audit",
     "find_plan",
     "fit",
     "frontier",

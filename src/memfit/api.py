@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.core.audit import Audit
 from memfit.core.basis import what_changed
 from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation
+from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, counter_for
@@ -28,12 +30,14 @@ from memfit.units import parse_memory
 from memfit.workload import Workload
 
 __all__ = [
+    "Audit",
     "Plan",
     "Profile",
     "Step",
     "Timeline",
     "Verdict",
     "Workload",
+    "audit",
     "find_plan",
     "fit",
     "frontier",

@@ -9,9 +9,9 @@ Note [Verdict]
  3. Where none fits, least squares derives the weights of each partition. Weights that fit, sum to 1 and are
     sums of one number a row are a mean over unknown units; ones that fit but are not, belong to a function
     of an additive statistic (a root of a mean, say).
- 4. A sum of two means over different units u, v is found without seeing its terms: the gradient of a span S is
-    then sum over its rows r of u_r/u(S) t_r + v_r/v(S) s_r, linear in the unknown t and s. There are more
-    spans than unknowns, so a good fit is a proof.
+ 4. A sum of two means over different units u, v is found without seeing its terms: the gradient of a span S
+    is then the sum over its rows r of u_r/u(S) t_r + v_r/v(S) s_r, linear in the unknown t and s. There are
+    more spans than unknowns, so a good fit is a proof.
  5. What is left depends on all rows at once.
 Source: the classes A1 to A5 and B are those of the gradient accumulation literature collected for memfit;
 points 3 and 4 are ordinary least squares (numpy.linalg.lstsq).
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ class Evidence:
 
     Attributes:
         rows: Rows of the probe.
-        columns: The gradient of each span, (dimensions,); those of ``(0, rows)`` and of all partitions are there.
+        columns: The gradient of each span, (dimensions,). The whole and the parts of all partitions are there.
         partitions: Each covers all rows.
         counts: By counter and span.
         tolerance: A relative error below it is rounding.
@@ -138,15 +138,14 @@ def unequal_partitions(rows: int) -> tuple[tuple[Span, ...], ...]:
     """
     if rows < 3:
         raise ValueError(f"{rows} rows have no unequal splits: give at least 3")
-    cuts = {3: [(1,), (2,)], 4: [(1,), (3,)], 5: [(1,), (2, 3), (4,)]}
+    cuts: dict[int, list[tuple[int, ...]]] = {3: [(1,), (2,)], 4: [(1,), (3,)], 5: [(1,), (2, 3), (4,)]}
     chosen = cuts.get(rows, [(1, 3), (3, 4), (2, rows - 1)])
     return tuple(spans_between(rows, inner) for inner in chosen)
 
 
 def spans_between(rows: int, inner: Sequence[int]) -> tuple[Span, ...]:
     """The spans that the cuts ``inner`` make of ``rows`` rows."""
-    edges = [0, *inner, rows]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(pairwise([0, *inner, rows]))
 
 
 def all_spans(rows: int) -> tuple[Span, ...]:
@@ -216,17 +215,17 @@ def _derived(evidence: Evidence, partition: Sequence[Span]) -> tuple[Vector, flo
     columns = np.stack([evidence.columns[span] for span in partition], axis=1)
     if np.linalg.matrix_rank(columns) < len(partition) or len(evidence.whole) <= len(partition):
         return np.zeros(len(partition)), float("inf")
-    weights = np.linalg.lstsq(columns, evidence.whole, rcond=None)[0]
+    weights: Vector = np.linalg.lstsq(columns, evidence.whole, rcond=None)[0].astype(np.float64)
     residual = np.linalg.norm(columns @ weights - evidence.whole) / np.linalg.norm(evidence.whole)
     return weights, float(residual)
 
 
-def _is_a_mean(
-    evidence: Evidence, solved: Sequence[tuple[tuple[Span, ...], tuple[Vector, float]]]
-) -> bool:
+def _is_a_mean(evidence: Evidence, solved: Sequence[tuple[tuple[Span, ...], tuple[Vector, float]]]) -> bool:
     """Whether one number a row explains all derived weights, and they sum to 1."""
     spans = [span for partition, _ in solved for span in partition]
-    member = np.array([[float(a <= row < b) for row in range(evidence.rows)] for a, b in [*spans, (0, evidence.rows)]])
+    member = np.array(
+        [[float(a <= row < b) for row in range(evidence.rows)] for a, b in [*spans, (0, evidence.rows)]]
+    )
     weights = np.concatenate([*(found for _, (found, _) in solved), [1.0]])
     units = np.linalg.lstsq(member, weights, rcond=None)[0]
     # Weights are as good as the columns are independent, so they get a wider margin than the gradient.

@@ -110,7 +110,7 @@ def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
         return None
     try:
         plain = some_rows(batch, total_rows)
-        thinned = thinned(plain)
+        thinned = _thinned(plain)
         with torch.no_grad(), _evaluating(model), untouched(model):
             if thinned is not None:
                 return _only_match(model, loss_fn, thinned, (shifted_labels, labels, rows, one))
@@ -183,7 +183,7 @@ def labels_of(part: Any) -> Tensor:
     return found[0]
 
 
-def thinned(probe: Any) -> Any | None:
+def _thinned(probe: Any) -> Any | None:
     """The same rows, some labels of the first row ignored; None where no label is known to be ignorable.
 
     A value of -100 is put in only beside others like it: where the loss does not know it, it is an index out

@@ -1,9 +1,9 @@
 """Runs code that was written for single or half precision in double precision, whatever it asks for.
 
-A probe of gradients must tell a wrong weight from rounding. So in the body every floating type that is asked for
-(``x.float()``, ``dtype=torch.bfloat16``, the default of ``torch.zeros``) is float64, and tensors that come from
-outside the model (class weights that a loss closes over) are promoted when they meet an op. What is written in
-place stays as it is. Autocast leaves float64 alone by itself (``aten/src/ATen/autocast_mode.h``: ``is_eligible``).
+A probe of gradients must tell a wrong weight from rounding. So in the body every floating type that is asked
+for (``x.float()``, ``dtype=torch.bfloat16``, the default of ``torch.zeros``) is float64, and tensors that come
+from outside the model (class weights that a loss closes over) are promoted when they meet an op. What is written
+in place stays as it is. Autocast leaves float64 alone by itself (``aten/src/ATen/autocast_mode.h``).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Doubled(TorchFunctionMode):
     def __enter__(self) -> Doubled:
         self._former = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(self._former)
 
     def __torch_function__(
@@ -69,5 +69,7 @@ def doubled(value: Any) -> Any:
 def _writes(name: str) -> bool:
     """Whether a method writes to its tensor: ``add_``, ``__iadd__``, ``__setitem__``."""
     if name.startswith("__"):
-        return name == "__setitem__" or (name[2:3] == "i" and name not in ("__index__", "__invert__", "__int__"))
+        return name == "__setitem__" or (
+            name[2:3] == "i" and name not in ("__index__", "__invert__", "__int__")
+        )
     return name.endswith("_")

@@ -26,7 +26,9 @@ from memfit.runtime.opinfo import draws_random_numbers, mixes_rows, op_info
 Span = tuple[int, int]
 
 _PERMUTATIONS = frozenset({"aten::randperm"})
-_MIXED_IN = frozenset({"aten::rrelu_with_noise", "aten::rrelu_with_noise_", "aten::rrelu_with_noise_functional"})
+_MIXED_IN = frozenset(
+    {"aten::rrelu_with_noise", "aten::rrelu_with_noise_", "aten::rrelu_with_noise_functional"}
+)
 _DROPOUT = torch.ops.aten.native_dropout.default
 
 
@@ -98,7 +100,7 @@ class Watch(TorchDispatchMode):
         return x * mask / (1.0 - p), mask
 
     def _numbers(self, func: OpOverload, name: str, fresh: Tensor) -> Tensor:
-        """The numbers that this call gives: the fresh ones in a run of the whole, else those recorded there."""
+        """The numbers that this call gives: the fresh ones in a run of the whole, else those of there."""
         recorded = self._draws.recorded
         index, self._next = self._next, self._next + 1
         if self._span == (0, self._draws.rows):
@@ -127,7 +129,7 @@ class Watch(TorchDispatchMode):
 
 
 def rows_in(whole: Tensor, shape: torch.Size, span: Span, rows: int) -> Tensor | None:
-    """The rows ``span`` of a tensor of the whole probe that has ``shape`` for them; None: it has no such rows.
+    """The rows ``span`` of a tensor of the whole probe that has ``shape`` for them; None: there are none.
 
     The rows are along the one dimension that is shorter for fewer rows, several entries a row if need be.
     """

@@ -1,13 +1,13 @@
 """A model that an audit may run: a copy in float64 where that works, and its gradients for spans of rows.
 
 Note [Twin]
- 1. The copy is in float64, and what the loss casts down stays there (``runtime/doubled.py``): the smallest real
-    violation is far above its rounding. Where the loss does not run so, or the model cannot be copied or is too
-    large, it is the model itself, in its own precision, with a sample of its parameters.
+ 1. The copy is in float64, and what the loss casts down stays there (``runtime/doubled.py``): the smallest
+    real violation is far above its rounding. Where the loss does not run so, or the model cannot be copied or
+    is too large, it is the model itself, in its own precision; if too large, with a sample of its parameters.
  2. Parameters of the copy are moved off their initial values by a little: a layer that starts at zero would
     hide the gradients of all before it.
- 3. Every run starts from the same state and random streams, and leaves nothing: buffers, attributes of modules,
-    gradients, generators, autocast. Parameter hooks are not on the copy; they are judged on their own.
+ 3. Every sequence starts from the same state and random streams, and leaves nothing: buffers, attributes of
+    modules, gradients, generators, autocast. Parameter hooks are not on the copy; they are judged on their own.
  4. A gradient is a sample of coordinates of each parameter, scaled to the same norm, so that an error in a
     small parameter counts like one in a large one.
 """
@@ -15,10 +15,11 @@ Note [Twin]
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,11 +34,15 @@ from memfit.runtime.preserve import RandomStreams, Snapshot, no_gradients
 _MOST_COORDINATES = 1_000_000
 _LEAST_NORM = 1e-4  # of the largest parameter's gradient; below it a norm is that of rounding
 _MOVED = 0.02  # of the root mean square of a parameter
-_SEED = 20_24
+_SEED = 2024
 
 
 class Unrelated(ValueError):
     """The loss uses another model than the one it is given."""
+
+
+class _Reentrant(Exception):
+    """The reentrant variant of ``torch.utils.checkpoint`` knows ``loss.backward()`` only."""
 
 
 class Twin:
@@ -54,7 +59,11 @@ class Twin:
         self.draws = Draws(self.rows)
         self.host_random: list[str] = []
         self.parameters = {n: p for n, p in model.named_parameters() if n in names}
+        self.keep: frozenset[str] = frozenset()
+        self.kept: dict[Span, dict[str, Tensor]] = {}
+        self.losses: dict[Span, float] = {}
         self._loss_fn = loss_fn
+        self._plain_backward = False
         self._streams = RandomStreams.now()
         self._coordinates: dict[str, Tensor] = {}
         self._scales: dict[str, float] = {}
@@ -90,23 +99,26 @@ class Twin:
 
         An error of the user's own says what was probed.
         """
-        part = self._part(span)
         sites: CallSites[None] = CallSites(self.model, {})
         self._streams.restore()
-        with ExitStack() as stack:
-            for context in self._contexts(sites, span):
-                stack.enter_context(context)
-            try:
-                loss = weighted_loss(self.model, self._loss_fn, part, None)
+        try:
+            with ExitStack() as stack:
+                for context in self._contexts(sites, span):
+                    stack.enter_context(context)
+                loss = weighted_loss(self.model, self._loss_fn, self._part(span), None)
                 gradients = self._backward(loss)
-            except Exception as error:
-                precision = "float64" if self.in_double else "its own precision"
-                error.add_note(
-                    f"memfit.audit was probing rows {span[0]} to {span[1] - 1} of {self.rows} rows of the batch, "
-                    f"in {precision}"
-                )
-                raise
+        except _Reentrant:
+            self._plain_backward = True
+            return self.run(span)
+        except Exception as error:
+            error.add_note(
+                f"memfit.audit was probing rows {span[0]} to {span[1] - 1} of {self.rows} rows, in "
+                + ("float64" if self.in_double else "the model's own precision")
+            )
+            raise
         self._note_host_random()
+        self.losses[span] = float(loss.detach())
+        self.kept[span] = {name: gradients[name].detach().clone() for name in self.keep}
         return {name: self._sampled(name, gradient) for name, gradient in gradients.items()}
 
     def column(self, gradients: dict[str, Tensor]) -> Tensor:
@@ -144,14 +156,17 @@ class Twin:
     def _backward(self, loss: Tensor) -> dict[str, Tensor]:
         """The gradients, without touching ``.grad`` of anything that the loss reaches."""
         parameters = list(self.parameters.values())
-        try:
-            found = list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        except RuntimeError as error:
-            if "heckpoint" not in str(error):
-                raise
-            with no_gradients(self.model):  # the reentrant variant knows no other way
+        if self._plain_backward:
+            with no_gradients(self.model):
                 loss.backward()
-                found = [p.grad for p in parameters]
+                found: Sequence[Tensor | None] = [p.grad for p in parameters]
+        else:
+            try:
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" in str(error):
+                    raise _Reentrant from error
+                raise
         if all(gradient is None for gradient in found):
             raise Unrelated("the loss does not depend on the parameters of the model it was given")
         return {
@@ -161,16 +176,17 @@ class Twin:
 
     def _sampled(self, name: str, gradient: Tensor) -> Tensor:
         """The chosen coordinates, in double precision on the CPU."""
-        flat = (gradient.to_dense() if gradient.is_sparse else gradient).detach().reshape(-1)
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        flat = (torch.view_as_real(dense) if dense.is_complex() else dense).detach().reshape(-1)
         chosen = self._coordinates.get(name)
         return (flat if chosen is None else flat[chosen.to(flat.device)]).double().cpu()
 
     def _note_host_random(self) -> None:
         """Notes whether Python's or NumPy's numbers were drawn, which may be shared by the rows."""
-        now = RandomStreams.now()
-        if now.python != self._streams.python:
+        now, then = RandomStreams.now(), self._streams
+        if now.python != then.python:
             self.host_random = ["Python's random"]
-        elif any((a != b).any() if hasattr(a, "any") else a != b for a, b in zip(now.numpy, self._streams.numpy, strict=True)):
+        elif any(not np.array_equal(a, b) for a, b in zip(now.numpy, then.numpy, strict=True)):
             self.host_random = ["numpy.random"]
 
 
@@ -189,7 +205,9 @@ def double_copy(model: nn.Module) -> nn.Module:
 
 def double_batch(batch: Any) -> Any:
     """A batch with its floating tensors in float64."""
-    return map_tensors(batch, lambda t: t.detach().double().requires_grad_(t.requires_grad) if t.dtype in LOWER else t)
+    return map_tensors(
+        batch, lambda t: t.detach().double().requires_grad_(t.requires_grad) if t.dtype in LOWER else t
+    )
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, C
     return found
 
 
-def _counters_of_labels(path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]]) -> dict[str, Counter]:
+def _counters_of_labels(
+    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]]
+) -> dict[str, Counter]:
     """What can be counted in a leaf of whole numbers."""
     found: dict[str, Counter] = {
         f"entries of {path} that are not {IGNORED}": functools.partial(_valid, path, 0, IGNORED)
