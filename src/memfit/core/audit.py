@@ -101,7 +101,7 @@ class Evidence:
 
     Attributes:
         rows: Rows of the probe.
-        columns: The gradient of each span, (dimensions,). The whole and the parts of all partitions are there.
+        columns: The gradient of each span, (dimensions,): of the whole and all parts.
         partitions: Each covers all rows.
         counts: By counter and span.
         tolerance: A relative error below it is rounding.

@@ -395,7 +395,8 @@ def _failed_on_parts(probing: _Probing, error: Exception) -> Audit:
     kind, owner = _seen(probing.twin)
     kind = kind or Kind.UNDECIDED
     reason = f"the loss fails on parts of the batch ({type(error).__name__}: {error}; {where})"
-    return Audit(kind, None, math.nan, owner, _CURES[kind], (*probing.lost, reason))
+    reasons = (*probing.lost, reason) if kind is Kind.UNDECIDED else probing.lost
+    return Audit(kind, None, math.nan, owner, _CURES[kind], reasons)
 
 
 def _seen(twin: Twin) -> tuple[Kind | None, str]:

@@ -1,9 +1,9 @@
 """Runs code that was written for single or half precision in double precision, whatever it asks for.
 
 A probe of gradients must tell a wrong weight from rounding. So in the body every floating type that is asked
-for (``x.float()``, ``dtype=torch.bfloat16``, the default of ``torch.zeros``) is float64, and tensors that come
-from outside the model (class weights that a loss closes over) are promoted when they meet an op. What is written
-in place stays as it is. Autocast leaves float64 alone by itself (``aten/src/ATen/autocast_mode.h``).
+for (``x.float()``, ``dtype=torch.bfloat16``, the default of ``torch.zeros``) is float64, and tensors that
+come from outside the model (class weights that a loss closes over) are promoted when they meet an op. What is
+written in place stays as it is. Autocast leaves float64 alone by itself (``aten/src/ATen/autocast_mode.h``).
 """
 
 from __future__ import annotations

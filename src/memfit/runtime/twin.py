@@ -7,7 +7,7 @@ Note [Twin]
  2. Parameters of the copy are moved off their initial values by a little: a layer that starts at zero would
     hide the gradients of all before it.
  3. Every sequence starts from the same state and random streams, and leaves nothing: buffers, attributes of
-    modules, gradients, generators, autocast. Parameter hooks are not on the copy; they are judged on their own.
+    modules, gradients, generators, autocast. Hooks of parameters are not on the copy but judged apart.
  4. A gradient is a sample of coordinates of each parameter, scaled to the same norm, so that an error in a
     small parameter counts like one in a large one.
 """
