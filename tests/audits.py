@@ -314,7 +314,7 @@ def scaled() -> nn.Module:
 def clipped_inside() -> nn.Module:
     """A model one of whose modules changes gradients in a way that is not linear."""
     model = classifier()
-    model[0].register_full_backward_pre_hook(lambda _m, g: (g[0].sign() * 0.01,))
+    model[-1].register_full_backward_pre_hook(lambda _m, g: (g[0] / g[0].norm(),))
     return model
 
 
@@ -394,7 +394,7 @@ MORE = [
     Case("dropout", lambda: classifier(nn.Dropout(0.4)), labelled, ce_sum, Kind.SUM, "sum"),
     Case("clamping hook", clamped, labelled, mse, Kind.GRADIENT_HOOK),
     Case("scaling hook", scaled, labelled, mse, Kind.ROWS, "rows"),
-    Case("signs in a module's backward", clipped_inside, labelled, mse, Kind.GRADIENT_HOOK),
+    Case("norms in a module's backward", clipped_inside, labelled, mse, Kind.GRADIENT_HOOK),
 ]
 
 

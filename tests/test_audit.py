@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import audits
 import pytest
 import torch
-from audits import Case
 
+import audits
 import memfit
+from audits import Case
+from memfit.core.audit import Kind
 
 CASES = [*audits.REPORT, *audits.MORE]
+# Their gradients may add up once the draws are the same, or where nobody reads the state.
+ALIKE = {Kind.STATEFUL, Kind.SHARED_RANDOMNESS}
 
 
 def made(case: Case) -> tuple[torch.nn.Module, audits.Batch]:
@@ -28,4 +31,4 @@ def test_each_loss_is_of_its_class(case: Case) -> None:
         assert found.cures == ()
     else:
         assert found.cures
-        assert not found.worst_error <= 1e-6
+        assert found.kind in ALIKE or not found.worst_error <= 1e-6

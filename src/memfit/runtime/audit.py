@@ -249,7 +249,7 @@ def _probing(job: Job, hooks: Hooks, *, may_copy: bool) -> _Probing:
             twin.draws.restore_generators()
             if number == len(tries) - 1:
                 raise
-            if in_double and not is_thinned:
+            if in_double and number == len(samples) - 1:
                 lost.append(f"float64: the loss does not run in it ({type(error).__name__}: {error})")
             continue
         if not in_double:
@@ -356,9 +356,9 @@ def _judged(probing: _Probing) -> Audit:
         finding = exact_counter(evidence)
         kind, owner = _seen(twin)
         if kind is None and finding.counter is not None:
-            kind, owner = _behind_exact(probing, evidence, finding, drifting)
+            finding, kind, owner = _behind_exact(probing, evidence, finding, drifting)
         elif kind is None and finding.kind is not Kind.UNDECIDED:
-            finding, kind, owner = _cause(probing, drifting)
+            finding, kind, owner = _cause(probing, finding, drifting)
     except Exception as error:  # the whole probe runs: it is the parts that do not
         return _failed_on_parts(probing, error)
     return _answer(probing, evidence, finding, kind, owner)
@@ -412,29 +412,30 @@ def _seen(twin: Twin) -> tuple[Kind | None, str]:
 
 def _behind_exact(
     probing: _Probing, evidence: Evidence, finding: Finding, drifting: list[str]
-) -> tuple[Kind | None, str]:
+) -> tuple[Finding, Kind | None, str]:
     """What forbids accumulation although the gradients of the parts add up."""
     if drifting:
-        return Kind.STATEFUL, drifting[0]
+        return finding, Kind.STATEFUL, drifting[0]
     for name in sorted(probing.twin.keep):
-        if _is_bent(probing, name, evidence, finding.weights):
-            return Kind.GRADIENT_HOOK, name
-    return None, "loss_fn"
+        error = _hook_error(probing, name, evidence, finding.weights)
+        if error > probing.twin.tolerance:
+            return finding._replace(error=error), Kind.GRADIENT_HOOK, name
+    return finding, None, "loss_fn"
 
 
-def _cause(probing: _Probing, drifting: list[str]) -> tuple[Finding, Kind | None, str]:
+def _cause(probing: _Probing, former: Finding, drifting: list[str]) -> tuple[Finding, Kind | None, str]:
     """Why no counter fits: the causes are taken away one by one. See Note [Audit] 5."""
     twin, job = probing.twin, probing.job
     separate, _ = _evidence(twin, job, all_spans(twin.rows))
     finding = exact_counter(separate)
     if finding.counter is not None:
-        return finding, Kind.STATEFUL, drifting[0] if drifting else "loss_fn"
+        return former, Kind.STATEFUL, drifting[0] if drifting else "loss_fn"
     for name, module in twin.model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             with untouched(twin.model):
                 module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
                 if exact_counter(_evidence(twin, job)[0]).counter is not None:
-                    return finding, Kind.GRADIENT_HOOK, name or "model"
+                    return former, Kind.GRADIENT_HOOK, name or "model"
     finding = explained(separate)
     if finding.kind is not Kind.COUPLED_LOSS:
         return finding, None, "loss_fn"
@@ -442,15 +443,15 @@ def _cause(probing: _Probing, drifting: list[str]) -> tuple[Finding, Kind | None
     return finding, None if mixing is None else Kind.COUPLED_LAYER, mixing or "loss_fn"
 
 
-def _is_bent(probing: _Probing, name: str, evidence: Evidence, weights: tuple[float, ...]) -> bool:
-    """Whether a parameter's hooks give for the sum something else than for the parts, summed."""
+def _hook_error(probing: _Probing, name: str, evidence: Evidence, weights: tuple[float, ...]) -> float:
+    """The relative error of a parameter's gradient if its hooks see the parts and not their sum."""
     kept = probing.twin.kept
     whole = _hooked(probing, name, kept[0, evidence.rows][name])
     parts = zip(weights, evidence.partitions[0], strict=True)
     total = sum(
         (w * _hooked(probing, name, kept[span][name]) for w, span in parts if w), torch.zeros_like(whole)
     )
-    return bool((total - whole).norm() > probing.twin.tolerance * whole.norm())
+    return float((total - whole).norm() / whole.norm()) if whole.any() else float(total.norm())
 
 
 def _hooked(probing: _Probing, name: str, gradient: Tensor) -> Tensor:

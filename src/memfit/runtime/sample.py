@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,30 +11,42 @@ from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import map_tensors, rows_of, tensors_of
 from memfit.runtime.count import IGNORED, labels_of, some_rows
 
-
-def samples_of(batch: Any) -> list[tuple[Any, bool]]:
-    """Probes of a batch and whether labels and masks were thinned out in them, the more telling first."""
-    plain = some_rows(batch, rows_of(batch))
-    thinned = _thinned(plain)
-    return [(plain, False)] if thinned is None else [(thinned, True), (plain, False)]
+Changes = list[tuple[Tensor, Tensor]]
 
 
-def _thinned(probe: Any) -> Any | None:
-    """The same rows, some labels ignored and some ends masked; None where nothing is known to be ignorable.
+class Sample(NamedTuple):
+    """A few rows, and whether some of their labels were ignored on purpose."""
+
+    batch: Any
+    has_thin_labels: bool
+
+
+def samples_of(batch: Any) -> list[Sample]:
+    """Probes of a batch, the more telling first, as they are last. A loss may not run on some.
 
     On a CUDA device a value of -100 is put in only beside others like it: where the loss does not know it, it
     is an index out of range, which the device does not survive. On a CPU it is an error, or another value.
     """
-    found = _label_leaf(probe)
-    changes: list[tuple[Tensor, Tensor]] = []
+    plain = some_rows(batch, rows_of(batch))
+    found = _label_leaf(plain)
+    labels: Changes = []
     if found is not None and (found.device.type == "cpu" or bool((found == IGNORED).any())):
-        changes.append((found, _thin_labels(found)))
-    for path, leaf in tensors_of(probe):
-        if "mask" in path.rsplit("[", 1)[-1].lower() and leaf.dim() == 2 and bool((leaf == 1).all()):
-            changes.append((leaf, _thin_mask(leaf)))
-    if all(torch.equal(before, after) for before, after in changes):
-        return None
-    return map_tensors(probe, lambda t: next((after for before, after in changes if before is t), t))
+        labels = [(found, _thin_labels(found))]
+    masks = [
+        (leaf, _thin_mask(leaf))
+        for path, leaf in tensors_of(plain)
+        if "mask" in path.rsplit("[", 1)[-1].lower() and leaf.dim() == 2 and bool((leaf == 1).all())
+    ]
+    labels, masks = ([(a, b) for a, b in c if not torch.equal(a, b)] for c in (labels, masks))
+    found_samples = [Sample(_changed(plain, [*labels, *masks]), bool(labels))] if labels and masks else []
+    found_samples += [Sample(_changed(plain, masks), False)] if masks else []
+    found_samples += [Sample(_changed(plain, labels), True)] if labels else []
+    return [*found_samples, Sample(plain, False)]
+
+
+def _changed(batch: Any, changes: Changes) -> Any:
+    """A batch with some leaves exchanged."""
+    return map_tensors(batch, lambda t: next((after for before, after in changes if before is t), t))
 
 
 def _label_leaf(probe: Any) -> Tensor | None:
