@@ -377,13 +377,11 @@ def _answer(probing: _Probing, evidence: Evidence, finding: Finding, kind: Kind 
         return Audit(
             answer, finding.counter, finding.error, owner, (), tuple(undecided), finding.weights, notes.lines
         )
-    if answer is Kind.UNDECIDED:
+    if finding.equals and finding.kind is Kind.UNDECIDED:
         undecided.append("the parts of the probe have equal gradients, which fit any weights")
     elif finding.counter is not None and kind is None:
         answer = Kind.UNDECIDED
         undecided.append("sampled gradients add up, and the losses do not: the others may not either")
-    elif answer is Kind.COUPLED_LOSS and twin.draws.unknown:
-        answer = Kind.UNDECIDED
     terms = (f"terms over {' and over '.join(finding.units)}",) if answer is Kind.MIXED else ()
     weights = finding.weights if kind is None else ()
     return Audit(answer, None, finding.error, owner, _CURES[answer], tuple(undecided), weights, terms)
@@ -439,6 +437,8 @@ def _cause(probing: _Probing, former: Finding, drifting: list[str]) -> tuple[Fin
     finding = explained(separate)
     if finding.kind is not Kind.COUPLED_LOSS:
         return finding, None, "loss_fn"
+    if twin.draws.unknown:
+        return finding._replace(kind=Kind.UNDECIDED), None, "loss_fn"
     mixing = mixing_module(twin, unequal_partitions(twin.rows)[0][-1])
     return finding, None if mixing is None else Kind.COUPLED_LAYER, mixing or "loss_fn"
 

@@ -43,6 +43,7 @@ def _counters_of_labels(
     if leaf.dim() >= 2:
         name = f"entries of {path}[:, 1:] that are not {IGNORED}"
         found[name] = functools.partial(_valid, path, 1, IGNORED)
+    found[f"entries of {path} above 0"] = functools.partial(_above, path)
     for value in (0, -1):
         found[f"entries of {path} that are not {value}"] = functools.partial(_valid, path, 0, value)
     for name, weight in class_weights:
@@ -67,6 +68,11 @@ def _sum(path: str, first: int, part: Any) -> float:
 def _valid(path: str, first: int, ignored: int, part: Any) -> float:
     """The entries that are not ``ignored``."""
     return float((_leaf(path, part, first) != ignored).sum())
+
+
+def _above(path: str, part: Any) -> float:
+    """The entries above 0: objects, where 0 is the background."""
+    return float((_leaf(path, part, 0) > 0).sum())
 
 
 def _weighed(path: str, first: int, weight: Tensor, part: Any) -> float:
