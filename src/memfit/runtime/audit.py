@@ -50,6 +50,9 @@ from memfit.runtime.units import known_counters
 Hooks = dict[str, list[Callable[[Tensor], Tensor | None]]]
 
 LARGEST_COPY_BYTES = 4 << 30
+_ROWS = 6
+_FEW_ROWS = 3  # enough to prove a counter, not to explain why none fits
+_LARGE_BYTES = 256 << 20
 _SAMPLED_PARAMETERS = 32
 _LARGEST_SAMPLED = 1 << 16
 _KEEP_WHOLE = "keep the batch whole (leave micro_batch_size out; memfit recomputes instead)"
@@ -65,6 +68,8 @@ class _Probing(NamedTuple):
     is_sampled: bool
     lost: tuple[str, ...]
 
+
+_OF_THE_LOSS = {Kind.UNITS, Kind.MIXED, Kind.STATISTIC, Kind.COUPLED_LOSS, Kind.COUPLED_LAYER, Kind.UNDECIDED}
 
 _CURES: dict[Kind, tuple[str, ...]] = {
     Kind.UNITS: (
@@ -158,12 +163,21 @@ def audit_job(job: Job, *, largest_copy_bytes: int = LARGEST_COPY_BYTES) -> Audi
         for name, p in job.model.named_parameters()
         if p._backward_hooks
     }
+    few = _FEW_ROWS if size_bytes > _LARGE_BYTES else _ROWS
     with _no_trace(job.model):
-        probing = _probing(job, hooks, may_copy=size_bytes <= largest_copy_bytes)
-        try:
-            return _judged(probing)
-        finally:
-            probing.twin.draws.restore_generators()
+        found = _attempt(job, hooks, few, may_copy=size_bytes <= largest_copy_bytes)
+        if few < _ROWS and not found.is_exact and found.kind in _OF_THE_LOSS:  # more rows say why
+            found = _attempt(job, hooks, _ROWS, may_copy=size_bytes <= largest_copy_bytes)
+        return found
+
+
+def _attempt(job: Job, hooks: Hooks, most_rows: int, *, may_copy: bool) -> Audit:
+    """The audit by a probe of at most ``most_rows`` rows."""
+    probing = _probing(job, hooks, most_rows, may_copy=may_copy)
+    try:
+        return _judged(probing)
+    finally:
+        probing.twin.draws.restore_generators()
 
 
 def _refuse_fake(job: Job) -> None:
@@ -220,7 +234,7 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
                 p._backward_hooks.update(entries)  # type: ignore[union-attr]
 
 
-def _probing(job: Job, hooks: Hooks, *, may_copy: bool) -> _Probing:
+def _probing(job: Job, hooks: Hooks, most_rows: int, *, may_copy: bool) -> _Probing:
     """The most precise twin on which the loss runs."""
     names = frozenset(name for name, p in job.model.named_parameters() if p.requires_grad)
     sampled = names if may_copy else _few_parameters(job.model)
@@ -229,7 +243,7 @@ def _probing(job: Job, hooks: Hooks, *, may_copy: bool) -> _Probing:
         unseen = len(names) - len(sampled)
         lost.append(f"the gradients of {unseen} of {len(names)} parameters: the model is too large to copy")
     copied = _copied(job.model, lost) if may_copy else None
-    samples = samples_of(job.batch)
+    samples = samples_of(job.batch, most_rows)
     tries = [(model, sample) for model in (copied, None) for sample in samples][
         0 if copied else len(samples) :
     ]
@@ -286,10 +300,9 @@ def _evidence(twin: Twin, job: Job, spans: tuple[Span, ...] = ()) -> tuple[Evide
     The second value names the buffers that end elsewhere after parts than after the whole.
     """
     partitions = unequal_partitions(twin.rows)
-    whole = (0, twin.rows)
-    columns: dict[Span, Tensor] = {}
-    ends: list[dict[str, Tensor]] = []
-    groups: list[tuple[Span, ...]] = [(span,) for span in spans] or [(whole,), *partitions]
+    columns = {(0, twin.rows): twin.column(twin.whole)}
+    ends = [twin.buffers_after]
+    groups: list[tuple[Span, ...]] = [(span,) for span in spans if span not in columns] or [*partitions]
     for group in groups:
         with twin.sequence():
             for span in group:
@@ -432,7 +445,11 @@ def _cause(probing: _Probing, former: Finding, drifting: list[str]) -> tuple[Fin
         if module._backward_hooks or module._backward_pre_hooks:
             with untouched(twin.model):
                 module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
-                if exact_counter(_evidence(twin, job)[0]).counter is not None:
+                bare = Twin(
+                    twin.model, job.loss_fn, twin.probe, frozenset(twin.parameters), in_double=twin.in_double
+                )
+                bare.choose_coordinates()
+                if exact_counter(_evidence(bare, job)[0]).counter is not None:
                     return former, Kind.GRADIENT_HOOK, name or "model"
     finding = explained(separate)
     if finding.kind is not Kind.COUPLED_LOSS:

@@ -152,9 +152,9 @@ def _adds_up(counter: Counter, parts: list[Any], losses: list[float], whole: flo
     return 0.0 not in shares and abs(summed - whole) <= _TOLERANCE * abs(whole)
 
 
-def some_rows(batch: Any, total_rows: int) -> Any:
+def some_rows(batch: Any, total_rows: int, most: int = _PROBE_ROWS) -> Any:
     """A few rows from all over a batch; the first ones where it holds lists of an entry a row."""
-    few = min(_PROBE_ROWS, total_rows)
+    few = min(most, total_rows)
     if all(t.shape[:1] == (total_rows,) for _, t in tensors_of(batch)) and not _has_lists(batch):
         chosen = torch.linspace(0, total_rows - 1, few).long()
         return map_tensors(batch, lambda t: t[chosen.to(t.device)])

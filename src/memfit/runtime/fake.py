@@ -102,28 +102,28 @@ def faked(model: nn.Module, faker: Faker) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts every attribute, parameter, buffer and submodule of a model back to what it was at entry."""
+    """Puts every attribute, parameter, buffer, submodule and hook of a model back to what it was at entry.
+
+    Hooks too: a model that installs some in its first forward notes that in an attribute (the recorders of
+    outputs in transformers do), and would install them again.
+    """
     before = [
-        (
-            module,
-            dict(module.__dict__),
-            dict(module._parameters),
-            dict(module._buffers),
-            dict(module._modules),
-        )
+        (module, dict(module.__dict__), [(table, table.copy()) for table in _tables(module)])
         for module in model.modules()
     ]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers, children in before:
+        for module, attributes, tables in before:
             for name in set(module.__dict__) - set(attributes):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-            for table, entries in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, children),
-            ):
+            for table, entries in tables:
                 table.clear()
-                table.update(entries)  # type: ignore[arg-type]
+                table.update(entries)
+
+
+def _tables(module: nn.Module) -> list[dict[Any, Any]]:
+    """What a module holds by name or by handle: parameters, buffers, children, hooks."""
+    hooks = [value for name, value in module.__dict__.items() if "_hooks" in name and isinstance(value, dict)]
+    return [module._parameters, module._buffers, module._modules, *hooks]

@@ -21,13 +21,13 @@ class Sample(NamedTuple):
     has_thin_labels: bool
 
 
-def samples_of(batch: Any) -> list[Sample]:
+def samples_of(batch: Any, most_rows: int) -> list[Sample]:
     """Probes of a batch, the more telling first, as they are last. A loss may not run on some.
 
     On a CUDA device a value of -100 is put in only beside others like it: where the loss does not know it, it
     is an index out of range, which the device does not survive. On a CPU it is an error, or another value.
     """
-    plain = some_rows(batch, rows_of(batch))
+    plain = some_rows(batch, rows_of(batch), most_rows)
     found = _label_leaf(plain)
     labels: Changes = []
     if found is not None and (found.device.type == "cpu" or bool((found == IGNORED).any())):

@@ -59,6 +59,8 @@ class Twin:
         self.draws = Draws(self.rows)
         self.host_random: list[str] = []
         self.parameters = {n: p for n, p in model.named_parameters() if n in names}
+        self.whole: dict[str, Tensor] = {}
+        self.buffers_after: dict[str, Tensor] = {}
         self.keep: frozenset[str] = frozenset()
         self.kept: dict[Span, dict[str, Tensor]] = {}
         self.losses: dict[Span, float] = {}
@@ -126,16 +128,19 @@ class Twin:
         return torch.cat([gradients[name] * self._scales[name] for name in self.parameters])
 
     def choose_coordinates(self) -> None:
-        """Runs the whole probe once and fixes which coordinates are compared, and their scales."""
+        """Runs the whole probe, once and for all, and fixes which coordinates are compared."""
         with self.sequence():
             full = self.run((0, self.rows))
+            self.buffers_after = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         each = max(16, _MOST_COORDINATES // max(1, len(full)))
         for name, gradient in full.items():
             if gradient.numel() > each:
                 largest = gradient.abs().topk(each // 2).indices
                 spread = torch.linspace(0, gradient.numel() - 1, each // 2, dtype=torch.float64).long()
                 self._coordinates[name] = torch.cat([largest, spread.to(largest.device)]).unique().cpu()
-        norms = {name: float(gradient.norm()) for name, gradient in full.items()}
+            chosen = self._coordinates.get(name)
+            self.whole[name] = gradient if chosen is None else gradient[chosen]
+        norms = {name: float(gradient.norm()) for name, gradient in self.whole.items()}
         least = _LEAST_NORM * max(norms.values())
         self._scales = {n: 1.0 / max(norm, least) if least > 0 else 1.0 for n, norm in norms.items()}
 
