@@ -59,6 +59,13 @@ def labelled() -> Batch:
     return {"x": torch.randn(ROWS, WIDTH), "labels": torch.randint(0, CLASSES, (ROWS,))}
 
 
+def partly_labelled() -> Batch:
+    """The same, one label ignored."""
+    batch = labelled()
+    batch["labels"][2] = -100
+    return batch
+
+
 def worded() -> Batch:
     """Tokens with labels, some of them ignored."""
     ids = torch.randint(0, WORDS, (ROWS, LENGTH))
@@ -116,7 +123,8 @@ def nothing(part: Batch) -> float:
 
 
 def mse(m: Any, b: Batch) -> Tensor:
-    return m(b["x"]).square().mean()
+    loss: Tensor = m(b["x"]).square().mean()
+    return loss
 
 
 def ce(m: Any, b: Batch) -> Tensor:
@@ -128,7 +136,7 @@ def ce_sum(m: Any, b: Batch) -> Tensor:
 
 
 def tokens(m: Any, b: Batch) -> Tensor:
-    return F.cross_entropy(m(b["ids"]).float().flatten(0, 1), b["labels"].flatten())
+    return F.cross_entropy(m(b["ids"]).flatten(0, 1), b["labels"].flatten())
 
 
 def next_token(m: Any, b: Batch) -> Tensor:
@@ -156,7 +164,7 @@ def weighted_secretly(m: Any, b: Batch) -> Tensor:
 
 
 def rmse(m: Any, b: Batch) -> Tensor:
-    return m(b["x"]).square().mean().sqrt()
+    return mse(m, b).sqrt()
 
 
 def perplexity(m: Any, b: Batch) -> Tensor:
@@ -377,7 +385,7 @@ MORE = [
         lambda b: float(b["mask"].sum()),
     ),
     Case("ctc", classifier, signals, ctc, Kind.ROWS, "rows", rows),
-    Case("distillation + ce", classifier, labelled, distilled, Kind.MIXED),
+    Case("distillation + ce", classifier, partly_labelled, distilled, Kind.MIXED),
     Case("ce sum + L2", classifier, labelled, sum_and_decay, Kind.MIXED),
     Case("perplexity", Words, worded, perplexity, Kind.STATISTIC),
     Case("VICReg", classifier, labelled, vicreg, Kind.COUPLED_LOSS),

@@ -4,8 +4,8 @@ Note [Twin]
  1. The copy is in float64, and what the loss casts down stays there (``runtime/doubled.py``): the smallest
     real violation is far above its rounding. Where the loss does not run so, or the model cannot be copied or
     is too large, it is the model itself, in its own precision; if too large, with a sample of its parameters.
- 2. Parameters of the copy are moved off their initial values by a little: a layer that starts at zero would
-    hide the gradients of all before it.
+ 2. Constant parameters of the copy are moved a little: a layer that starts at zero would hide the gradients
+    of all before it.
  3. Every sequence starts from the same state and random streams, and leaves nothing: buffers, attributes of
     modules, gradients, generators, autocast. Hooks of parameters are not on the copy but judged apart.
  4. A gradient is a sample of coordinates of each parameter, scaled to the same norm, so that an error in a
@@ -33,7 +33,7 @@ from memfit.runtime.preserve import RandomStreams, Snapshot, no_gradients
 
 _MOST_COORDINATES = 1_000_000
 _LEAST_NORM = 1e-4  # of the largest parameter's gradient; below it a norm is that of rounding
-_MOVED = 0.02  # of the root mean square of a parameter
+_MOVED = 0.02  # of the value of a constant parameter
 _SEED = 2024
 
 
@@ -196,15 +196,14 @@ class Twin:
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """A copy in float64, moved off its initial values. See Note [Twin] 2."""
+    """A copy in float64, constant parameters moved off their values. See Note [Twin] 2."""
     twin = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for p in twin.parameters():
-            if p.requires_grad and p.is_floating_point():
-                size = float(p.square().mean().sqrt()) or 1.0
+            if p.requires_grad and p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.add_(noise.to(p.device), alpha=_MOVED * size)
+                p.add_(noise.to(p.device), alpha=_MOVED * (float(p.flatten()[0].abs()) or 1.0))
     return twin
 
 
