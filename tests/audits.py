@@ -34,7 +34,7 @@ class Case:
     count: Count | None = None
 
 
-def classifier(*extra: nn.Module) -> nn.Module:
+def classifier(*extra: nn.Module) -> nn.Sequential:
     """A small classifier of rows."""
     return nn.Sequential(nn.Linear(WIDTH, 10), *extra, nn.Tanh(), nn.Linear(10, CLASSES))
 
@@ -122,29 +122,34 @@ def nothing(part: Batch) -> float:
 # ---- losses --------------------------------------------------------------------------------------
 
 
+def out(m: Any, x: Tensor) -> Tensor:
+    """What a model gives."""
+    given: Tensor = m(x)
+    return given
+
+
 def mse(m: Any, b: Batch) -> Tensor:
-    loss: Tensor = m(b["x"]).square().mean()
-    return loss
+    return out(m, b["x"]).square().mean()
 
 
 def ce(m: Any, b: Batch) -> Tensor:
-    return F.cross_entropy(m(b["x"]), b["labels"])
+    return F.cross_entropy(out(m, b["x"]), b["labels"])
 
 
 def ce_sum(m: Any, b: Batch) -> Tensor:
-    return F.cross_entropy(m(b["x"]), b["labels"], reduction="sum")
+    return F.cross_entropy(out(m, b["x"]), b["labels"], reduction="sum")
 
 
 def tokens(m: Any, b: Batch) -> Tensor:
-    return F.cross_entropy(m(b["ids"]).flatten(0, 1), b["labels"].flatten())
+    return F.cross_entropy(out(m, b["ids"]).flatten(0, 1), b["labels"].flatten())
 
 
 def next_token(m: Any, b: Batch) -> Tensor:
-    return F.cross_entropy(m(b["ids"])[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
+    return F.cross_entropy(out(m, b["ids"])[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
 
 
 def per_sequence(m: Any, b: Batch) -> Tensor:
-    each = F.cross_entropy(m(b["ids"]).mT, b["labels"], reduction="none")
+    each = F.cross_entropy(out(m, b["ids"]).mT, b["labels"], reduction="none")
     keep = b["labels"] != -100
     return ((each * keep).sum(1) / keep.sum(1)).mean()
 
@@ -154,12 +159,12 @@ def tokens_and_decay(m: Any, b: Batch) -> Tensor:
 
 
 def weighted(m: Any, b: Batch) -> Tensor:
-    logits = m(b["x"])
+    logits = out(m, b["x"])
     return F.cross_entropy(logits, b["labels"], weight=CLASS_WEIGHTS.to(logits.dtype))
 
 
 def weighted_secretly(m: Any, b: Batch) -> Tensor:
-    logits = m(b["x"])
+    logits = out(m, b["x"])
     return F.cross_entropy(logits, b["labels"], weight=logits.new_tensor([0.5, 1.0, 2.0, 3.5]))
 
 
@@ -172,7 +177,7 @@ def perplexity(m: Any, b: Batch) -> Tensor:
 
 
 def tokens_and_aux(m: Any, b: Batch) -> Tensor:
-    logits = m(b["ids"])
+    logits = out(m, b["ids"])
     return tokens(m, b) + 0.01 * logits.logsumexp(-1).square().mean()
 
 
@@ -181,46 +186,46 @@ def sum_and_decay(m: Any, b: Batch) -> Tensor:
 
 
 def info_nce(m: Any, b: Batch) -> Tensor:
-    z = F.normalize(m(b["x"]), dim=1)
-    other = F.normalize(m(b["x"] + 0.3), dim=1)
+    z = F.normalize(out(m, b["x"]), dim=1)
+    other = F.normalize(out(m, b["x"] + 0.3), dim=1)
     return F.cross_entropy(z @ other.T / 0.1, torch.arange(len(z)))
 
 
 def dice(m: Any, b: Batch) -> Tensor:
-    p = torch.sigmoid(m(b["image"]))
+    p = torch.sigmoid(out(m, b["image"]))
     return 1 - (2 * (p * b["region"]).sum() + 1) / (p.sum() + b["region"].sum() + 1)
 
 
 def policy(m: Any, b: Batch) -> Tensor:
-    chosen = F.log_softmax(m(b["x"]), 1).gather(1, b["labels"].clamp(min=0)[:, None])[:, 0]
+    chosen = F.log_softmax(out(m, b["x"]), 1).gather(1, b["labels"].clamp(min=0)[:, None])[:, 0]
     reward = b["reward"]
     return -(chosen * (reward - reward.mean()) / (reward.std(unbiased=False) + 1e-4)).mean()
 
 
 def load_balance(m: Any, b: Batch) -> Tensor:
-    probabilities = torch.softmax(m(b["x"]), 1)
+    probabilities = torch.softmax(out(m, b["x"]), 1)
     frequency = F.one_hot(probabilities.argmax(1), CLASSES).to(probabilities.dtype).mean(0)
     return CLASSES * (frequency * probabilities.mean(0)).sum()
 
 
 def vicreg(m: Any, b: Batch) -> Tensor:
-    z = m(b["x"])
+    z = out(m, b["x"])
     return F.relu(1 - (z.var(0, unbiased=False) + 1e-4).sqrt()).mean() + z.square().mean()
 
 
 def hardest(m: Any, b: Batch) -> Tensor:
-    z = m(b["x"])
+    z = out(m, b["x"])
     distance = (z[:, None] - z[None]).square().sum(-1) + 9.0 * torch.eye(len(z), dtype=z.dtype)
     return (-distance.amin(1)).exp().mean()
 
 
 def masked_error(m: Any, b: Batch) -> Tensor:
-    each = m(b["ids"]).square().mean(-1)
+    each = out(m, b["ids"]).square().mean(-1)
     return (each * b["mask"]).sum() / b["mask"].sum()
 
 
 def ctc(m: Any, b: Batch) -> Tensor:
-    steps = F.log_softmax(m(b["x"]), -1).transpose(0, 1)
+    steps = F.log_softmax(out(m, b["x"]), -1).transpose(0, 1)
     lengths = torch.full((steps.shape[1],), 9)
     return F.ctc_loss(steps, b["labels"].clamp(min=0), lengths, torch.full_like(lengths, 3))
 
@@ -231,7 +236,7 @@ def mixup(m: Any, b: Batch) -> Tensor:
 
 
 def distilled(m: Any, b: Batch) -> Tensor:
-    logits = m(b["x"])
+    logits = out(m, b["x"])
     teacher = torch.softmax(b["x"][:, :CLASSES], 1)
     return F.cross_entropy(logits, b["labels"]) + F.kl_div(
         F.log_softmax(logits, 1), teacher, reduction="batchmean"

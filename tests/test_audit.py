@@ -188,7 +188,7 @@ def failing(m: Any, b: Any) -> Tensor:
 def test_an_audit_leaves_no_trace(loss: Callable[[Any, Any], Tensor], largest_copy_bytes: int) -> None:
     torch.manual_seed(0)
     model = audits.classifier(nn.BatchNorm1d(10), nn.Dropout(0.3), audits.Codebook())
-    model[3].eval()  # type: ignore[index]
+    model[3].eval()
     next(model.parameters()).register_hook(lambda g: 2 * g)
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     batch = audits.labelled()
@@ -213,6 +213,14 @@ def test_a_generator_of_ones_own_is_put_back() -> None:
 
     assert memfit.audit(audits.classifier(), noisy, audits.labelled()).counter == "rows"
     assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_an_audit_turns_them_on_for_itself(context: Any) -> None:
+    model = audits.classifier()
+    with context():
+        assert memfit.audit(model, audits.ce, audits.labelled()).counter == "labels"
+        assert not torch.is_grad_enabled()
 
 
 def test_a_model_that_hooks_itself_is_not_hooked_again() -> None:
@@ -378,7 +386,7 @@ def test_low_precision_and_recomputation_are_proved_in_double(model: Any, loss: 
 
 def test_a_head_that_starts_at_zero_hides_nothing() -> None:
     model = audits.classifier(audits.Across())
-    nn.init.zeros_(model[-1].weight)  # type: ignore[index]
+    nn.init.zeros_(model[-1].weight)
     assert memfit.audit(model, audits.ce, audits.labelled()).kind is Kind.COUPLED_LAYER
 
 

@@ -222,7 +222,7 @@ def _undecided(reason: str, *, error: float = math.nan) -> Audit:
 def _no_trace(model: nn.Module) -> Iterator[None]:
     """Whatever the body does to a model, its random streams and its parameters' hooks is undone."""
     hooks = [(p, dict(p._backward_hooks)) for p in model.parameters() if p._backward_hooks]
-    with untouched(model):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
         snapshot = Snapshot(model)
         for p, _ in hooks:
             p._backward_hooks.clear()  # type: ignore[union-attr]
