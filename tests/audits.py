@@ -128,6 +128,11 @@ def out(m: Any, x: Tensor) -> Tensor:
     return given
 
 
+def decay(m: Any) -> Tensor:
+    """A tenth of the squares of all parameters."""
+    return 0.1 * torch.stack([p.square().sum() for p in m.parameters()]).sum()
+
+
 def mse(m: Any, b: Batch) -> Tensor:
     return out(m, b["x"]).square().mean()
 
@@ -155,7 +160,7 @@ def per_sequence(m: Any, b: Batch) -> Tensor:
 
 
 def tokens_and_decay(m: Any, b: Batch) -> Tensor:
-    return tokens(m, b) + 0.1 * sum(p.square().sum() for p in m.parameters())
+    return tokens(m, b) + decay(m)
 
 
 def weighted(m: Any, b: Batch) -> Tensor:
@@ -182,7 +187,7 @@ def tokens_and_aux(m: Any, b: Batch) -> Tensor:
 
 
 def sum_and_decay(m: Any, b: Batch) -> Tensor:
-    return ce_sum(m, b) + 0.1 * sum(p.square().sum() for p in m.parameters())
+    return ce_sum(m, b) + decay(m)
 
 
 def info_nce(m: Any, b: Batch) -> Tensor:
@@ -324,10 +329,15 @@ def scaled() -> nn.Module:
     return model
 
 
+def normed(_: nn.Module, gradients: Any) -> tuple[Tensor]:
+    """A gradient of norm 1, whatever it was."""
+    return (gradients[0] / gradients[0].norm(),)
+
+
 def clipped_inside() -> nn.Module:
     """A model one of whose modules changes gradients in a way that is not linear."""
     model = classifier()
-    model[-1].register_full_backward_pre_hook(lambda _m, g: (g[0] / g[0].norm(),))
+    model[-1].register_full_backward_pre_hook(normed)
     return model
 
 

@@ -139,10 +139,10 @@ def state_of(model: nn.Module, batch: audits.Batch) -> list[Any]:
             )
             for module in model.modules()
         ],
-        [list((p._backward_hooks or {}).items()) for p in model.parameters()],
+        [list(dict(p._backward_hooks or {}).items()) for p in model.parameters()],
         torch.get_rng_state(),
         random.getstate(),
-        np.random.get_state()[1],
+        list(np.random.get_state()),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
         torch.get_default_dtype(),
@@ -386,7 +386,7 @@ def test_low_precision_and_recomputation_are_proved_in_double(model: Any, loss: 
 
 def test_a_head_that_starts_at_zero_hides_nothing() -> None:
     model = audits.classifier(audits.Across())
-    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model.get_parameter("3.weight"))
     assert memfit.audit(model, audits.ce, audits.labelled()).kind is Kind.COUPLED_LAYER
 
 
