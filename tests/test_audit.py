@@ -172,6 +172,7 @@ def meddling(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]
         m.train(not m.training)
         m.train(not m.training)
         torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.float16)
         return loss(m, b)
 
     return fn
@@ -213,6 +214,22 @@ def test_a_generator_of_ones_own_is_put_back() -> None:
 
     assert memfit.audit(audits.classifier(), noisy, audits.labelled()).counter == "rows"
     assert torch.equal(generator.get_state(), state)
+
+
+def test_a_loss_may_write_to_its_batch() -> None:
+    def writing(m: Any, b: Any) -> Tensor:
+        b["x"].mul_(1.5)
+        return audits.mse(m, b)
+
+    assert memfit.audit(audits.classifier(), writing, audits.labelled()).counter == "rows"
+
+
+def test_a_loss_around_another_model_leaves_that_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, batch = audits.classifier(nn.BatchNorm1d(10), nn.Dropout(0.2)), audits.labelled()
+    before = state_of(model, batch)
+    assert memfit.audit(model, lambda _, b: audits.mse(model, b), batch).kind is Kind.COUPLED_LAYER
+    assert [equal(a, b) for a, b in zip(before, state_of(model, batch), strict=True)] == [True] * len(before)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

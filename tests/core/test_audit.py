@@ -127,7 +127,13 @@ def test_a_part_that_counts_nothing_needs_no_gradient() -> None:
     assert exact_counter(evidence(6, gradient, {"rows": [1.0] * 6, "labels": units})).counter == "labels"
 
 
-def test_as_many_parts_as_dimensions_prove_nothing() -> None:
+def test_as_many_dimensions_as_parts_prove_nothing() -> None:
+    rng = np.random.default_rng(1)
+    found = explained(evidence(3, lambda a, b: rng.normal(size=2), {"rows": [1.0] * 3}))
+    assert found.kind is Kind.COUPLED_LOSS
+
+
+def test_more_parts_than_dimensions_prove_nothing() -> None:
     terms = np.random.default_rng(0).normal(size=(6, 2))
     gradient = mean_over([1.0, 2, 3, 4, 5, 7], terms)
     found = explained(evidence(6, gradient, {"rows": [1.0] * 6}))

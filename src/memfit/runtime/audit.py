@@ -127,6 +127,9 @@ def audit(
     caller's changes: not the model, its gradients, buffers, modes and hooks, not the batch, the random
     streams or autocast.
 
+    What it cannot see: a coupling that shows only in larger batches (experts that drop tokens when they are
+    full), another path through the model for other data, what a loss writes outside of the model.
+
     Args:
         model: Any module, in the modes it trains in.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch.
