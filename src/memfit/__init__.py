@@ -19,6 +19,7 @@ from memfit.errors import (
 
 if TYPE_CHECKING:
     from memfit.api import (
+        Audit,
         Plan,
         Profile,
         Step,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         Verdict,
         Workload,
         apply_gradient_checkpointing,
+        audit,
         find_plan,
         fit,
         frontier,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "InexactAccumulation",
     "InfeasibleBudget",
     "MemfitError",
@@ -49,6 +52,7 @@ __all__ = [
     "VerificationFailed",
     "Workload",
     "apply_gradient_checkpointing",
+    "audit",
     "find_plan",
     "fit",
     "frontier",

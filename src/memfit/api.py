@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.core.audit import Audit
 from memfit.core.basis import what_changed
 from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation, InfeasibleBudget
+from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
@@ -31,6 +33,7 @@ from memfit.units import parse_memory
 from memfit.workload import Workload
 
 __all__ = [
+    "Audit",
     "Plan",
     "Profile",
     "Step",
@@ -38,6 +41,7 @@ __all__ = [
     "Verdict",
     "Workload",
     "apply_gradient_checkpointing",
+    "audit",
     "find_plan",
     "fit",
     "frontier",

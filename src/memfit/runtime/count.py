@@ -32,12 +32,12 @@ def rows(part: Any) -> float:
 
 def labels(part: Any) -> float:
     """The labels of a micro-batch that are not -100: for losses that are a mean over labels."""
-    return float((_labels_of(part) != IGNORED).sum())
+    return float((labels_of(part) != IGNORED).sum())
 
 
 def shifted_labels(part: Any) -> float:
     """The same without the first of each row, which a causal language model has nothing to predict from."""
-    found = _labels_of(part)
+    found = labels_of(part)
     if found.dim() < 2:
         raise InexactAccumulation("labels without a sequence cannot be shifted", owner="batch")
     return float((found[..., 1:] != IGNORED).sum())
@@ -116,7 +116,7 @@ def _probed(model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
     if total_rows < 3 or _precision(model) < 23:
         return None
     try:
-        plain = _some_rows(batch, total_rows)
+        plain = some_rows(batch, total_rows)
         thinned = _thinned(plain)
         with torch.no_grad(), _evaluating(model), untouched(model):
             if thinned is not None:
@@ -159,9 +159,9 @@ def _adds_up(counter: Counter, parts: list[Any], losses: list[float], whole: flo
     return 0.0 not in shares and abs(summed - whole) <= _TOLERANCE * abs(whole)
 
 
-def _some_rows(batch: Any, total_rows: int) -> Any:
+def some_rows(batch: Any, total_rows: int, most: int = _PROBE_ROWS) -> Any:
     """A few rows from all over a batch; the first ones where it holds lists of an entry a row."""
-    few = min(_PROBE_ROWS, total_rows)
+    few = min(most, total_rows)
     if all(t.shape[:1] == (total_rows,) for _, t in tensors_of(batch)) and not _has_lists(batch):
         chosen = torch.linspace(0, total_rows - 1, few).long()
         return map_tensors(batch, lambda t: t[chosen.to(t.device)])
@@ -176,7 +176,7 @@ def _has_lists(batch: Any) -> bool:
     return not isinstance(values, (list, tuple)) or not all(isinstance(v, Tensor) for v in values)
 
 
-def _labels_of(part: Any) -> Tensor:
+def labels_of(part: Any) -> Tensor:
     """The labels of a batch: the leaf called so."""
     found = [
         t for path, t in tensors_of(part) if path.rstrip("']\"").endswith(("labels", "label", "targets"))
@@ -198,7 +198,7 @@ def _thinned(probe: Any) -> Any | None:
     """
     ignoring = [t for _, t in tensors_of(probe) if not t.is_floating_point() and (t == IGNORED).any()]
     try:
-        found = _labels_of(probe)
+        found = labels_of(probe)
     except InexactAccumulation:
         if ignoring:
             raise

@@ -1,0 +1,126 @@
+"""Every count of a micro-batch that a mean loss may be over: rows, labels, masks, class weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memfit.runtime.batch import tensors_of
+from memfit.runtime.count import IGNORED, Counter, labels, one, rows, shifted_labels
+from memfit.runtime.micro import LossFn
+
+
+def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Counter]:
+    """The counters worth trying, the simplest first, by the name that an audit gives them.
+
+    Class weights are those that ``loss_fn`` closes over or that a loss module of the model holds.
+    """
+    found: dict[str, Counter] = {"rows": rows, "sum": one, "labels": labels, "shifted_labels": shifted_labels}
+    for path, leaf in tensors_of(batch):
+        if leaf.dim() == 0:
+            continue
+        if leaf.is_floating_point() or leaf.dtype == torch.bool or _is_binary(leaf):
+            if not leaf.is_floating_point() or bool((leaf >= 0).all()):
+                found[f"sum of {path}"] = functools.partial(_sum, path, 0)
+                if leaf.dim() >= 2:
+                    found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
+        elif not leaf.is_complex():
+            found.update(_counters_of_labels(path, leaf, [*_class_weights(model, loss_fn)]))
+    return found
+
+
+def _counters_of_labels(
+    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]]
+) -> dict[str, Counter]:
+    """What can be counted in a leaf of whole numbers."""
+    found: dict[str, Counter] = {
+        f"entries of {path} that are not {IGNORED}": functools.partial(_valid, path, 0, IGNORED)
+    }
+    if leaf.dim() >= 2:
+        name = f"entries of {path}[:, 1:] that are not {IGNORED}"
+        found[name] = functools.partial(_valid, path, 1, IGNORED)
+    found[f"entries of {path} above 0"] = functools.partial(_above, path)
+    for value in (0, -1):
+        found[f"entries of {path} that are not {value}"] = functools.partial(_valid, path, 0, value)
+    for name, weight in class_weights:
+        if int(leaf.max()) < len(weight):
+            found[f"sum of {name}[{path}]"] = functools.partial(_weighed, path, 0, weight)
+            if leaf.dim() >= 2:
+                found[f"sum of {name}[{path}[:, 1:]]"] = functools.partial(_weighed, path, 1, weight)
+    return found
+
+
+def _leaf(path: str, part: Any, first: int) -> Tensor:
+    """A leaf of a micro-batch, without the first ``first`` entries of each row."""
+    found = next(tensor for name, tensor in tensors_of(part) if name == path)
+    return found[:, first:] if first else found
+
+
+def _sum(path: str, first: int, part: Any) -> float:
+    """The sum of a mask or of weights."""
+    return float(_leaf(path, part, first).double().sum())
+
+
+def _valid(path: str, first: int, ignored: int, part: Any) -> float:
+    """The entries that are not ``ignored``."""
+    return float((_leaf(path, part, first) != ignored).sum())
+
+
+def _above(path: str, part: Any) -> float:
+    """The entries above 0: objects, where 0 is the background."""
+    return float((_leaf(path, part, 0) > 0).sum())
+
+
+def _weighed(path: str, first: int, weight: Tensor, part: Any) -> float:
+    """The class weights of the labels that are not negative (ignored)."""
+    found = _leaf(path, part, first)
+    return float(weight.detach().double()[found[found >= 0].to(weight.device)].sum())
+
+
+def _is_binary(leaf: Tensor) -> bool:
+    """Whether a leaf of whole numbers is a mask."""
+    return bool(((leaf == 0) | (leaf == 1)).all())
+
+
+def _class_weights(model: nn.Module, loss_fn: LossFn) -> Iterator[tuple[str, Tensor]]:
+    """Vectors that may be class weights: in the loss's closure, globals, defaults, or buffers of a module."""
+    for name, value in _reachable(loss_fn):
+        if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point():
+            yield name, value
+        if isinstance(value, nn.Module):
+            yield from _vectors_of(name, value)
+    yield from _vectors_of("model", model)
+
+
+def _vectors_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The vectors called weight among a module's buffers."""
+    for path, buffer in module.named_buffers():
+        if buffer.dim() == 1 and buffer.is_floating_point() and path.endswith(("weight", "weights")):
+            yield f"{name}.{path}", buffer
+
+
+def _reachable(loss_fn: Any) -> Iterator[tuple[str, Any]]:
+    """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments."""
+    if isinstance(loss_fn, functools.partial):
+        yield from loss_fn.keywords.items()
+        yield from ((f"argument {i}", value) for i, value in enumerate(loss_fn.args))
+        yield from _reachable(loss_fn.func)
+        return
+    yield from getattr(getattr(loss_fn, "__self__", None), "__dict__", {}).items()
+    code = getattr(loss_fn, "__code__", None)
+    if code is None:
+        return
+    for name, cell in zip(code.co_freevars, loss_fn.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    for name in code.co_names:
+        if name in loss_fn.__globals__:
+            yield name, loss_fn.__globals__[name]
+    yield from (loss_fn.__kwdefaults__ or {}).items()
+    yield from ((f"default {i}", value) for i, value in enumerate(loss_fn.__defaults__ or ()))
