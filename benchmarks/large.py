@@ -106,7 +106,10 @@ def plan_rows(profile: Profile, **names: str) -> list[dict[str, Any]]:
     for share in SHARES:
         budget = profile.residents.total_bytes + int(activations * share)
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
-        plan = memfit.find_plan(profile, memory=budget)
+        try:
+            plan = memfit.find_plan(profile, memory=budget)
+        except memfit.InfeasibleBudget:  # the loss alone takes more
+            continue
         rows.append(
             {
                 **names,
