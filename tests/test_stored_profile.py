@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -123,7 +124,6 @@ def find(profile: memfit.Profile, budget: int) -> memfit.Plan:
             None,
         ),
         ("the optimizer was AdamW", net(), squares, ROWS, {"amsgrad": True}, None),
-        (r"it holds micro-batches of \[8, .*, and 5 are asked for", net(), squares, ROWS, {}, 5),
     ],
 )
 def test_a_profile_of_something_else_is_not_used_and_the_warning_says_what_changed(
@@ -142,6 +142,94 @@ def test_a_profile_of_something_else_is_not_used_and_the_warning_says_what_chang
         )
     assert step.profile is not profile
     step(batch(rows))
+
+
+def test_a_stored_profile_does_not_loosen_a_pinned_micro_batch() -> None:
+    profile, _ = stored()
+    model = net()
+
+    def fitted(size: int, stored: memfit.Profile) -> memfit.Step:
+        return memfit.fit(
+            model,
+            squares,
+            batch(),
+            memory="1GiB",
+            optimizer=adamw(model),
+            micro_batch_size=size,
+            profile=stored,
+        )
+
+    four = fitted(4, profile)
+    assert four.plan.micro_batch_size == 4
+    assert [graph.rows for graph in four.profile.graphs] == [4]
+    with pytest.warns(UserWarning, match=r"it holds micro-batches of \[4\] rows, and 2 are asked for"):
+        assert fitted(2, four.profile).plan.micro_batch_size == 2
+
+
+def told(loss: Any = squares, model: nn.Module | None = None) -> dict[str, str]:
+    model = model or net()
+    return dict(basis_of(Job(model, loss, batch(), None)))
+
+
+class Scaled(nn.Sequential):
+    """A module with a plain attribute that its forward reads."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return self.scale * x
+
+
+def test_what_a_loss_closes_over_and_what_a_module_holds_are_part_of_the_basis() -> None:
+    def around(function: Any, power: int = 1) -> Any:
+        return lambda model, b: function(model, b) ** power
+
+    assert told(around(squares))["loss"] == told(around(squares))["loss"]
+    assert told(around(squares))["loss"] != told(around(cubes))["loss"]
+    assert told(around(squares))["loss"] != told(around(squares, 2))["loss"]
+    assert told(functools.partial(squares))["loss"] != told(functools.partial(cubes))["loss"]
+    one, two = Scaled(*net()), Scaled(*net())
+    assert told(model=one)["model"] == told(model=two)["model"] != told()["model"]
+    two.scale = 2.0
+    assert told(model=one)["model"] != told(model=two)["model"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = told()["settings"]
+    assert inside != told()["settings"]
+
+
+def test_what_an_optimizer_steps_is_part_of_the_basis_and_a_rate_is_not() -> None:
+    model = net()
+
+    def optimizer(parameters: Any, lr: float = 0.1, momentum: float = 0.9) -> str:
+        made = torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+        return dict(basis_of(Job(model, squares, batch(), made)))["optimizer"]
+
+    everything = optimizer(model.parameters())
+    assert optimizer(model[3].parameters()) != everything
+    assert optimizer(model.parameters(), lr=0.2, momentum=0.8) == everything
+    assert optimizer(model.parameters(), momentum=0.0) != everything
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"residents": [[]]}, {"rows": None}, {"fixed_s": "x"}, {"alignment_bytes": None}, {"graphs": []},
+        {"alignment_bytes": 0}, {"update": {}}, {"basis": 3}, {"rows": -1},
+    ],
+)  # fmt: skip
+def test_a_damaged_profile_is_refused(damage: dict[str, Any]) -> None:
+    data = json.loads(stored()[0].to_json())
+    with pytest.raises(ValueError, match="not a memfit profile"):
+        memfit.Profile.from_json(json.dumps(data | damage))
+
+
+def test_a_profile_whose_log_names_what_is_not_there_is_refused() -> None:
+    data = json.loads(stored()[0].to_json())
+    data["graphs"][0]["ops"] = data["graphs"][0]["ops"][:-1]
+    with pytest.raises(ValueError, match="the log names what is not there"):
+        memfit.Profile.from_json(json.dumps(data))
 
 
 def test_another_version_is_named() -> None:

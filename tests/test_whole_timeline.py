@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import memfit
 from memfit.core.timeline import Event
@@ -100,3 +101,62 @@ def test_every_moment_of_two_steps_is_what_the_allocator_says(
     assert len(known) >= 0.99 * len(found)
     assert min(known) >= 0
     assert max(known) <= MOST_ABOVE_BYTES
+
+
+class Odd(torch.optim.SGD):
+    """An optimizer with an attribute of its own, and a list in its state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.steps = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["history"] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["history"].append(self.steps)
+        return super().step(closure)
+
+
+def small() -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64)
+    return model, {"x": torch.randn(128, 64), "y": torch.randn(128, 64)}
+
+
+def mean_of_squares(model: torch.nn.Module, batch: Any) -> Tensor:
+    return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
+
+
+def test_an_optimizer_of_ones_own_is_recorded_and_left_as_it_was() -> None:
+    model, batch = small()
+    optimizer = Odd(list(model.parameters()))
+    called: list[int] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: called.append(1))
+    try:
+        memfit.fit(model, mean_of_squares, batch, memory="1GiB", optimizer=optimizer)
+    finally:
+        handle.remove()
+    assert optimizer.steps == 0
+    assert all(state["history"] == [] for state in optimizer.state.values())
+    assert called == []
+
+
+def test_an_optimizer_that_wants_a_closure_is_assumed_and_said() -> None:
+    model, batch = small()
+    with pytest.warns(UserWarning, match="LBFGS cannot be recorded"):
+        memfit.fit(
+            model, mean_of_squares, batch, memory="1GiB", optimizer=torch.optim.LBFGS(model.parameters())
+        )
+
+
+def test_the_loss_that_is_returned_holds_one_number() -> None:
+    """That of mse_loss on a CPU lies in the storage of all its squares."""
+    model, batch = small()
+    for size in (128, 32):
+        step = memfit.fit(model, mean_of_squares, batch, memory="1GiB", micro_batch_size=size, count="rows")
+        assert step(batch).untyped_storage().nbytes() == 4
+        model.zero_grad()

@@ -12,6 +12,7 @@ from torch import nn
 
 from memfit.core.audit import Audit
 from memfit.core.basis import what_changed
+from memfit.core.batching import parts_for
 from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
@@ -109,11 +110,30 @@ def fit(
     profile = profiled_within(budget_bytes, profile)
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
-    try:
-        plan = find(profile)
-    except InfeasibleBudget as refused:
-        raise _tight(refused, budget_bytes, profiled_within, device_memory(place)[0]) from None
+    plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
     return Step(model, loss_fn, plan, profile, counter=counter, optimizer=optimizer, find=find)
+
+
+def _planned(
+    profile: Profile,
+    find: Callable[[Profile], Plan],
+    profiled_within: Callable[[int], Profile],
+    free_bytes: int,
+) -> tuple[Plan, Profile]:
+    """The plan; a refusal names memory with which the same call succeeds.
+
+    More memory lets more rows be measured, which may show that an op takes a little more.
+    """
+    named_bytes = 0
+    for _ in range(_MOST_REFUSALS):
+        try:
+            return find(profile), profile
+        except InfeasibleBudget as refused:
+            if refused.needed_bytes == named_bytes or refused.needed_bytes > free_bytes:
+                raise
+            named_bytes = refused.needed_bytes
+        profile = profiled_within(named_bytes)
+    return find(profile), profile
 
 
 def _refuse_parts(owner: str | None, rows: int, micro_batch_size: int | None) -> None:
@@ -155,10 +175,13 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
     if stored is not None:
         changed = what_changed(stored.basis, basis_of(job))
         sizes = [graph.rows for graph in stored.graphs]
-        if changed is None and micro_batch_size is not None and micro_batch_size not in sizes:
-            changed = f"it holds micro-batches of {sizes} rows, and {micro_batch_size} are asked for"
-        if changed is None:
+        if changed is None and micro_batch_size is None:
             return stored
+        if changed is None and micro_batch_size is not None:
+            size = parts_for(stored.rows, micro_batch_size)[0]
+            if size in sizes:
+                return replace(stored, graphs=(stored.graph(size),))
+            changed = f"it holds micro-batches of {sizes} rows, and {size} are asked for"
         warnings.warn(f"the stored profile is not used: {changed}; profiling again", stacklevel=3)
     return record_profile(
         job.model,

@@ -229,9 +229,14 @@ class Residents:
     batch_sizes: tuple[int, ...] = ()
 
     @property
+    def totals(self) -> tuple[int, int, int, int]:
+        """Bytes of each category."""
+        return self.parameters_bytes, self.gradients_bytes, self.optimizer_bytes, self.batch_bytes
+
+    @property
     def total_bytes(self) -> int:
         """Their sum."""
-        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.batch_bytes
+        return sum(self.totals)
 
 
 def in_blocks(sizes: Iterable[int], block_bytes: int) -> int:
@@ -307,9 +312,25 @@ class Profile:
             data["basis"] = tuple((name, value) for name, value in data["basis"])
             residents = data.pop("residents")
             residents |= {name: tuple(residents[name]) for name in residents if name.endswith("_sizes")}
-            return Profile(graphs=graphs, residents=Residents(**residents), **data)
-        except (KeyError, TypeError) as error:
+            profile = Profile(graphs=graphs, residents=Residents(**residents), **data)
+            _check_profile(profile)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(f"this is not a memfit profile: {error}") from None
+        return profile
+
+
+def _check_profile(profile: Profile) -> None:
+    """Refuses what only a damaged file can hold."""
+    sizes = (profile.rows, profile.alignment_bytes, profile.unexplained_bytes, *profile.residents.totals)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or not profile.graphs:
+        raise ValueError("a size is no number, or there is no graph")
+    if not isinstance(profile.fixed_s, (int, float)) or profile.alignment_bytes < 1:
+        raise ValueError("the seconds or the alignment are no number")
+    for graph in (*profile.graphs, profile.first_update, profile.update):
+        counts = (len(graph.ops), len(graph.saves), len(graph.saves), len(graph.saves), len(graph.storages))
+        logged = sum(kind == LogKind.OP for kind, _ in graph.log)
+        if logged != len(graph.ops) or any(not 0 <= item < counts[kind] for kind, item in graph.log):
+            raise ValueError("the log names what is not there")
 
 
 def _op_from_row(row: list[Any]) -> Op:

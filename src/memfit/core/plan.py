@@ -241,8 +241,8 @@ def simulate(profile: Profile, plan: Plan, *, first_step: bool = False) -> Timel
     smaller, and the first one is lower, for gradients grow in it.
 
     Args:
-        first_step: The very first step, in which the optimizer's state is born. It never peaks higher than
-            the later ones, for which a plan is made.
+        first_step: The very first step, in which the optimizer's state is born. A plan is made for the higher
+            of both.
 
     Raises:
         ValueError: The plan names a tensor the profile does not have, or one that cannot be replayed.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import re
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -15,12 +18,16 @@ from memfit.runtime.batch import tensors_of
 from memfit.runtime.fake import is_fake
 from memfit.runtime.job import Job
 
-_SETTINGS = {
+_SETTINGS: dict[str, Callable[[], object]] = {
     "deterministic": torch.are_deterministic_algorithms_enabled,
-    "autocast": torch.is_autocast_enabled,
     "default type": torch.get_default_dtype,
     "matmul precision": torch.get_float32_matmul_precision,
+    "autocast": lambda: [
+        str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    ],
 }
+_PLAIN = (bool, int, float, str, type(None))
+_DEEPEST = 4  # functions within closures within functions
 
 
 def basis_of(job: Job) -> Basis:
@@ -51,23 +58,46 @@ def _model(model: nn.Module) -> str:
     """The kind, the size, and a digest of every module, parameter and buffer."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     told = [f"{name} {_tensor(t)} {t.requires_grad}" for name, t in tensors]
-    told += [
-        f"{name} {type(m).__qualname__} {m.extra_repr()} {m.training}" for name, m in model.named_modules()
-    ]
+    for name, module in model.named_modules():
+        told += [name, type(module).__qualname__, module.extra_repr(), *_told(type(module).forward)]
+        told += [f"{key}={value!r}" for key, value in vars(module).items() if isinstance(value, _PLAIN)]
+    told.append(str(getattr(model, "config", "")))
     count = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__} of {count:,} parameters ({_digest(told)})"
 
 
 def _function(function: Any) -> str:
-    """Its name and a digest of its code, with that of functions within it; of a callable object its type."""
-    code = getattr(function, "__code__", None)
+    """Its name and a digest of what it does."""
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
-    return name if code is None else f"{name} ({_digest(_told(code))})"
+    return f"{name} ({_digest(_told(function))})"
 
 
-def _told(code: CodeType) -> list[str]:
-    """What a function does, without where it stands."""
-    inner = [part for const in code.co_consts if isinstance(const, CodeType) for part in _told(const)]
+def _told(function: Any, depth: int = 0) -> list[str]:
+    """What a function does, without where it stands: its code, defaults, and what it closes over."""
+    if isinstance(function, _PLAIN):
+        return [repr(function)]
+    if depth > _DEEPEST or isinstance(function, (torch.Tensor, nn.Module)):
+        return [type(function).__qualname__]
+    if isinstance(function, functools.partial):
+        parts = [function.func, *function.args, *function.keywords.items()]
+        return [text for part in parts for text in _told(part, depth + 1)]
+    if isinstance(function, (tuple, list)):
+        return [text for part in function for text in _told(part, depth + 1)]
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        call = vars(type(function)).get("__call__")  # of a callable object
+        return [type(function).__qualname__, *(_told(call, depth + 1) if hasattr(call, "__code__") else [])]
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return [*_code(code), *(text for value in held for text in _told(value, depth + 1))]
+
+
+def _code(code: CodeType) -> list[str]:
+    """The instructions and constants of a function and of those within it."""
+    inner = [text for const in code.co_consts if isinstance(const, CodeType) for text in _code(const)]
     constants = [
         str(sorted(map(repr, const))) if isinstance(const, frozenset) else repr(const)
         for const in code.co_consts
@@ -77,16 +107,18 @@ def _told(code: CodeType) -> list[str]:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer | None) -> str:
-    """Its kind and what chooses its implementation and its state; not the rates, which change every step."""
+    """Its kind, what it steps, and what chooses its implementation and its state; not rates, which change."""
     if optimizer is None:
         return "none"
-    told = [
-        f"{key}={value}"
-        for group in optimizer.param_groups
-        for key, value in sorted(group.items())
-        if value is None or isinstance(value, (bool, str)) or key == "momentum"
-    ]
-    return " ".join([type(optimizer).__name__, *dict.fromkeys(told)])
+    told = []
+    for group in optimizer.param_groups:
+        told += [
+            f"{key}={group[key]}" for key in sorted(group) if isinstance(group[key], (bool, str, type(None)))
+        ]
+        told.append(f"momentum={bool(group.get('momentum'))}")
+    stepped = [f"{_tensor(p)} {p.requires_grad}" for group in optimizer.param_groups for p in group["params"]]
+    kind = type(optimizer).__name__
+    return f"{kind} {' '.join(dict.fromkeys(told))}, {len(stepped)} tensors ({_digest(stepped)})"
 
 
 def _tensor(tensor: torch.Tensor) -> str:

@@ -102,23 +102,26 @@ class MaterialProbe(RooflineProbe):
         if str(func) in self._wanted:
             looks = repr((func, map_tensors((args, list(kwargs.items())), _look)))
             if looks not in self._known:
-                self._known[looks] = self._peak_bytes(func, args, kwargs)
+                self._known[looks] = self._peak_bytes(func, args, kwargs, out)
             self._costs[-1] = self._costs[-1]._replace(peak_bytes=self._known[looks])
         return out
 
-    def _peak_bytes(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    def _peak_bytes(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> int | None:
         """The inner peak of one op on numbers of no meaning; None where it cannot be had."""
-        sizes = [t.untyped_storage().nbytes() for t in tensors_in([*args, *kwargs.values()])]
-        if 2 * sum(sizes) > self._free_bytes or time.perf_counter() > self._until_s:
-            return None
         try:
+            there = [*args, *kwargs.values(), *(out if isinstance(out, (list, tuple)) else [out])]
+            sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(there)}
+            if sum(sizes.values()) > self._free_bytes or time.perf_counter() > self._until_s:
+                return None
             with _disable_current_modes(), torch.no_grad():
                 arguments = [map_tensors(a, self._material) for a in args]
                 keywords = {name: map_tensors(value, self._material) for name, value in kwargs.items()}
                 with PeakMeter(self._place) as meter:
                     func(*arguments, **keywords)
             return meter.peak_bytes
-        except (RuntimeError, IndexError):  # not with these numbers, or a profiler of the user's is running
+        except Exception:  # not with these numbers or layouts, or a profiler of the user's is running
             return None
 
     def _material(self, fake: Tensor) -> Tensor:

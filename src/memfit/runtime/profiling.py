@@ -115,7 +115,7 @@ def _recorded(
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, by_fakes = record_scaled(job, rows, counts), False
-            free_bytes = None if limit_bytes is None else limit_bytes - residents.parameters_bytes
+            free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
             if points is not None and by_fakes:
                 most_rows = max(recording.graph.rows for recording in recordings)
                 top = temporaries_at(job, place, points[1], most_rows, free_bytes)

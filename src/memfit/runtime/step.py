@@ -182,7 +182,7 @@ class Step:
         with Replayer(self._model, self._decisions) if self._decisions else nullcontext():
             loss = weighted_loss(self._model, self._loss_fn, part, weight)
         loss.backward()
-        return loss.detach()
+        return _alone(loss.detach())
 
     # ---- the promise --------------------------------------------------------------------------------
 
@@ -241,6 +241,11 @@ class Step:
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
+
+
+def _alone(loss: Tensor) -> Tensor:
+    """The loss in a storage of its own: that of ``mse_loss`` on a CPU is as large as what it is a mean of."""
+    return loss if loss.untyped_storage().nbytes() == loss.element_size() else loss.clone()
 
 
 def _wait(place: torch.device) -> None:

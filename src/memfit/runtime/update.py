@@ -17,14 +17,16 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections import defaultdict
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.optim import optimizer as _optimizer
 
 from memfit.core.costs import costs_alike, with_costs_alike
 from memfit.core.devices import Roofline
@@ -40,6 +42,7 @@ _MOST_CLONED_BYTES = 64 << 20
 _COPIES = 8  # of a parameter: itself, its gradient, up to three states and as many temporaries
 _REPEATS = 3
 _EARLY, _LATE = 2, 1000  # not 1: NAdam divides by one less
+_ASSUMED = ("assumed",)
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -96,7 +99,7 @@ def record_optimizer(
 def measured(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int | None) -> Update:
     """The same with the seconds and inner temporaries of real steps. See Note [Update] 4."""
     chosen = _one_of_each(_parameters(optimizer), free_bytes)
-    if not chosen or not update.later.graph.ops:
+    if not chosen or not update.later.graph.ops or _ASSUMED in update.later.signatures:
         return update
     clones: dict[int, Tensor] = {}
 
@@ -112,7 +115,7 @@ def measured(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int |
             parameter.grad = torch.rand_like(parameter) * 1e-3
         place = chosen[0].device
         runs = [_step(twin, probe_for(place)()) for _ in range(1 + _REPEATS)]
-    except RuntimeError as error:
+    except Exception as error:  # one of the user's own may not take clones
         _log.info("optimizer.step() cannot be measured: %s", error)
         return update
     known = costs_alike(runs[1:])
@@ -125,7 +128,8 @@ def _step(optimizer: torch.optim.Optimizer, probe: Probe) -> Recording:
     """One recorded step."""
     parameters = _parameters(optimizer)
     there = [*parameters, *(p.grad for p in parameters if p.grad is not None), *_state(optimizer)]
-    return record_update(lambda: optimizer.step(), there, probe, lambda: _state(optimizer))
+    with _without_global_hooks():
+        return record_update(lambda: optimizer.step(), there, probe, lambda: _state(optimizer))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -160,22 +164,45 @@ def _twin(
 ) -> torch.optim.Optimizer:
     """An optimizer of the same kind and state over other parameters, its hooks left out."""
     wanted = None if only is None else {id(p) for p in only}
-    twin = copy.copy(optimizer)
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))  # copy.copy() drops attributes of its own
+    twin.__dict__.update(optimizer.__dict__)
     twin.__dict__.pop("step", None)  # a scheduler wraps it with a counter
-    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+    twin._optimizer_step_pre_hooks = OrderedDict()
+    twin._optimizer_step_post_hooks = OrderedDict()
     twin.param_groups = []
     twin.state = defaultdict(dict)
     for group in optimizer.param_groups:
         kept = [p for p in group["params"] if wanted is None or id(p) in wanted]
         if kept:
-            made = {**group, "params": [make(p) for p in kept]}
+            made = {key: _own(value, make) for key, value in group.items() if key != "params"}
+            made["params"] = [make(p) for p in kept]
             twin.param_groups.append(made | _as_on_device(group, for_cuda))
         for parameter in kept:
             if parameter in optimizer.state:
                 state = optimizer.state[parameter].items()
-                twin.state[make(parameter)] = {k: make(v) if isinstance(v, Tensor) else v for k, v in state}
+                twin.state[make(parameter)] = {key: _own(value, make) for key, value in state}
     return twin
+
+
+def _own(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
+    """What a twin may change without changing the optimizer's."""
+    if isinstance(value, Tensor):
+        return make(value)
+    return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks that the user has put on every optimizer's step do not see a twin's."""
+    tables = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.update(hooks)
 
 
 def _as_on_device(group: dict[str, Any], for_cuda: bool) -> dict[str, Any]:
@@ -196,4 +223,4 @@ def _assumed(name: str, parameters_bytes: int) -> Update:
 
 def _unlike(graph: StepGraph) -> Recording:
     """A recording of one op that looks like no other."""
-    return Recording(graph, (("assumed",),), (None,))
+    return Recording(graph, (_ASSUMED,), (None,))
