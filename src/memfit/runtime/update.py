@@ -194,7 +194,10 @@ def _own(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
     """Hooks that the user has put on every optimizer's step do not see a twin's."""
-    tables = (_optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks)
+    tables: tuple[Any, ...] = (
+        _optimizer._global_optimizer_pre_hooks,
+        _optimizer._global_optimizer_post_hooks,
+    )
     before = [dict(table) for table in tables]
     for table in tables:
         table.clear()
