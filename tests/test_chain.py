@@ -303,7 +303,7 @@ def test_a_deep_model_keeps_every_promise_however_low_the_budget(share: float) -
     needed = refused.value.needed_bytes
     plain = find_plan(profile, memory=1 << 40).predicted_peak_bytes
     budget = int(needed + share * (plain - needed))
-    step = memfit.fit(model, own_loss, batch, memory=budget + 2000, micro_batch_size=ROWS)
+    step = memfit.fit(model, own_loss, batch, memory=budget + 2000, micro_batch_size=ROWS, profile=profile)
     found = judge(DEEP, model, batch, step)
     assert found.differences == []
     assert found.measured_bytes <= found.predicted_bytes <= found.budget_bytes
