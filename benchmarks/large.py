@@ -83,7 +83,7 @@ def classes(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def profiled(make: Callable[[], Job], dtype: torch.dtype, micro_batch_size: int | None = None) -> Profile:
-    """The profile of a job for an H100, with AdamW."""
+    """The profile of a job for an H100, with a fused AdamW: its step holds nothing beside its state."""
     with fake_tensors():
         job = make()
         model = job.model.to(dtype).train()
@@ -92,7 +92,7 @@ def profiled(make: Callable[[], Job], dtype: torch.dtype, micro_batch_size: int 
             model,
             job.loss_fn,
             batch,
-            optimizer=torch.optim.AdamW(model.parameters()),
+            optimizer=torch.optim.AdamW(model.parameters(), fused=True),
             micro_batch_size=micro_batch_size or len(batch),
             device="h100",
         )
