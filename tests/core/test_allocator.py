@@ -170,7 +170,7 @@ def now(allocator: CachingAllocator) -> Memory:
     return Memory(allocator.requested_bytes, allocator.allocated_bytes, allocator.reserved_bytes)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(MOVES, st.booleans(), LIMITS)
 def test_every_move_ends_where_the_slow_allocator_ends(
     moves: Sequence[int], expandable: bool, limit: int | None
