@@ -120,7 +120,7 @@ def _planned(
     profiled_within: Callable[[int], Profile],
     free_bytes: int,
 ) -> tuple[Plan, Profile]:
-    """The plan; a refusal names memory with which the same call succeeds.
+    """The plan; what a refusal names is worked out again from a profile measured within that much.
 
     More memory lets more rows be measured, which may show that an op takes a little more.
     """
@@ -145,29 +145,6 @@ def _refuse_parts(owner: str | None, rows: int, micro_batch_size: int | None) ->
             "over",
             owner=owner,
         )
-
-
-def _tight(
-    refused: InfeasibleBudget,
-    budget_bytes: int,
-    profiled_within: Callable[[int], Profile],
-    free_bytes: int,
-) -> InfeasibleBudget:
-    """A refusal that names memory with which the same call succeeds.
-
-    More memory lets more rows be measured, which may show that an op takes a little more.
-    """
-    for _ in range(_MOST_REFUSALS):
-        if refused.needed_bytes > free_bytes:
-            break
-        before = refused
-        try:
-            find_plan(profiled_within(before.needed_bytes), memory=budget_bytes)
-        except InfeasibleBudget as again:
-            refused = again
-        if refused.needed_bytes == before.needed_bytes:
-            break
-    return refused
 
 
 def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limit_bytes: int) -> Profile:

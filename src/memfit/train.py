@@ -360,13 +360,18 @@ def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
     """Stores the plan if the step has corrected it, and shows it if it has planned again."""
     if run.step is not None and before is not None and run.step.plan is not before:
         write_plan(run.options.out, run.step.plan, run.step.profile)
-        if run.step.plan.recompute != before.recompute or run.step.plan.levels != before.levels:
+        if _decided(run.step.plan) != _decided(before):
             watch.planned(run.step.plan)
 
 
 def _verified_bytes(step: Step | None) -> int | None:
     """Returns the peak the step has measured of itself, if it has."""
     return None if step is None or step.verdict is None else step.verdict.measured_peak_bytes
+
+
+def _decided(plan: Plan) -> tuple[object, ...]:
+    """Returns all of a plan but its seconds, which a real step corrects."""
+    return plan.micro_batch_size, plan.predicted_peak_bytes, plan.recompute, plan.levels
 
 
 def _retries(step: Step | None) -> int:

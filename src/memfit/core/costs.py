@@ -46,7 +46,7 @@ def measured(graph: StepGraph, signatures: Sequence[Hashable], peaks_bytes: Sequ
 
 
 class AlikeCost(NamedTuple):
-    """What ops of one look take: the median of their seconds, the most of their inner temporaries."""
+    """What ops of one look take: the least of their medians by run, the most of their inner temporaries."""
 
     seconds: float
     temporary_bytes: int

@@ -38,7 +38,7 @@ from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
-from memfit.runtime.update import Update, measured
+from memfit.runtime.update import Update, with_real_costs
 
 _log = logging.getLogger("memfit")
 
@@ -120,7 +120,7 @@ def _recorded(
                 most_rows = max(recording.graph.rows for recording in recordings)
                 top = temporaries_at(job, place, points[1], most_rows, free_bytes)
             if job.optimizer is not None:
-                update = measured(update, job.optimizer, free_bytes)
+                update = with_real_costs(update, job.optimizer, free_bytes)
     return _priced(recordings, points, top, by_fakes), residents, update, points
 
 

@@ -68,12 +68,7 @@ def _record_fakes(
         batch = faker.batch(job.batch)
         with nullcontext() if card is None else CardKernels():
             recordings = _record_counts(job, batch, rows, counts, device)
-        prepare_gradients(job.model, resident=True)
-        update = Update()
-        if job.optimizer is not None:
-            update = record_optimizer(job.optimizer, faker, device, for_cuda=card is not None)
-        residents = _residents(job, batch, update)
-    return recordings, residents, update
+        return recordings, *_resident_and_update(job, batch, faker, card)
 
 
 def _record_counts(
@@ -120,12 +115,17 @@ def residents_of(job: Job) -> tuple[Residents, Update]:
     """What is alive throughout, and what the optimizer takes, on fakes and without running the model."""
     faker = Faker(mode_for(job.model))
     with faked(job.model, faker), _entered(faker):
-        prepare_gradients(job.model, resident=True)
-        update = Update()
-        if job.optimizer is not None:
-            update = record_optimizer(job.optimizer, faker, Roofline(), for_cuda=False)
-        residents = _residents(job, faker.batch(job.batch), update)
-    return residents, update
+        return _resident_and_update(job, faker.batch(job.batch), faker, None)
+
+
+def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None) -> tuple[Residents, Update]:
+    """What is alive throughout, and what the optimizer takes, with fakes in the model."""
+    device = Roofline() if card is None else card.roofline
+    prepare_gradients(job.model, resident=True)
+    update = Update()
+    if job.optimizer is not None:
+        update = record_optimizer(job.optimizer, faker, device, for_cuda=card is not None)
+    return _residents(job, batch, update), update
 
 
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:

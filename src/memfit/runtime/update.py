@@ -96,7 +96,7 @@ def record_optimizer(
         return _assumed(name, resident_bytes(_parameters(twin)))
 
 
-def measured(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int | None) -> Update:
+def with_real_costs(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int | None) -> Update:
     """The same with the seconds and inner temporaries of real steps. See Note [Update] 4."""
     chosen = _one_of_each(_parameters(optimizer), free_bytes)
     if not chosen or not update.later.graph.ops or _ASSUMED in update.later.signatures:
