@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import memfit
 from memfit.api import Step
 from memfit.core.graph import Profile, StepGraph
+from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.count import shifted_labels
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.opinfo import op_info, tensors_in
@@ -193,7 +194,8 @@ def plan_row(model: nn.Module, batch: Any, profile: Profile, activation_bytes: i
     resident = profile.residents.total_bytes
     budget_bytes = resident + activation_bytes
     plan = memfit.find_plan(profile, memory=budget_bytes)
-    step = Step(model, loss_fn, plan, profile, counter=shifted_labels, optimizer=None, find=lambda p: plan)
+    accumulation = Accumulation(model, loss_fn, shifted_labels)
+    step = Step(accumulation, plan, profile, optimizer=None, find=lambda p: plan)
     step._unverified = 0
     measured = resident + peak_bytes(model, lambda: step(batch))
     return {

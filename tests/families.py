@@ -20,6 +20,7 @@ import memfit
 from memfit.core.batching import parts_for
 from memfit.errors import InfeasibleBudget
 from memfit.runtime import count
+from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.batch import split
 from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
@@ -364,7 +365,8 @@ def stepped(
     def find(current: memfit.Profile) -> memfit.Plan:
         return memfit.find_plan(current, memory=budget)
 
-    step = memfit.Step(model, own_loss, find(profile), profile, counter=None, optimizer=optimizer, find=find)
+    accumulation = Accumulation(model, own_loss, None)
+    step = memfit.Step(accumulation, find(profile), profile, optimizer=optimizer, find=find)
     return step, optimizer
 
 

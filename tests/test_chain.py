@@ -24,6 +24,7 @@ from memfit.core.plan import Planner, find_plan, simulate
 from memfit.core.segments import kept_after_forward, read_segments
 from memfit.core.timeline import run
 from memfit.errors import InfeasibleBudget
+from memfit.runtime.accumulate import Accumulation
 from models import ZooCase, judge, profile_of, recorded
 from reference import step_peak_bytes
 from strategies import chains
@@ -357,7 +358,8 @@ def _judge_levels(model: nn.Module, batch: Any, profile: Profile, levels: dict[i
         budget_bytes=1 << 40,
     )
     twin = copy.deepcopy(model)
-    step = memfit.Step(twin, own_loss, plan, profile, counter=None, optimizer=None, find=lambda p: plan)
+    accumulation = Accumulation(twin, own_loss, None)
+    step = memfit.Step(accumulation, plan, profile, optimizer=None, find=lambda p: plan)
     found = judge(DEEP, twin, batch, step)
     assert found.differences == []
     assert found.measured_bytes <= found.predicted_bytes <= 1.01 * found.measured_bytes + 1000

@@ -18,6 +18,7 @@ import memfit
 from memfit.core.graph import Profile
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime import step as step_module
+from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.step import Step, Verdict
 from models import LossFn, assert_same, differences, outcome_of
@@ -349,7 +350,7 @@ def deceived(model: nn.Module, batch: Any, factor: float, budget_share: float) -
     def find(profile: Profile) -> memfit.Plan:
         return memfit.find_plan(profile, memory=budget)
 
-    return Step(model, mean_over_rows, find(false), false, counter=None, optimizer=None, find=find)
+    return Step(Accumulation(model, mean_over_rows, None), find(false), false, optimizer=None, find=find)
 
 
 def deep() -> nn.Module:

@@ -18,6 +18,7 @@ from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation, InfeasibleBudget
+from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
@@ -111,7 +112,8 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    return Step(model, loss_fn, plan, profile, counter=counter, optimizer=optimizer, find=find)
+    accumulation = Accumulation(model, loss_fn, counter)
+    return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
 
 
 def _planned(

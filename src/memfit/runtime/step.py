@@ -18,25 +18,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memfit.core.batching import parts_for
 from memfit.core.costs import at_speed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
-from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
-from memfit.runtime.batch import rows_of, split, tensors_of
-from memfit.runtime.count import Counter, weights
+from memfit.errors import InfeasibleBudget, VerificationFailed
+from memfit.runtime.accumulate import Accumulation
+from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
-from memfit.runtime.micro import LossFn, weighted_loss
 from memfit.runtime.preserve import Snapshot
-from memfit.runtime.replay import Replayer, decisions_of
+from memfit.runtime.replay import decisions_of
 from memfit.units import format_bytes
 
 _log = logging.getLogger("memfit")
@@ -94,21 +91,18 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
+        accumulation: Accumulation,
         plan: Plan,
         profile: Profile,
         *,
-        counter: Counter | None,
         optimizer: torch.optim.Optimizer | None,
         find: Callable[[Profile], Plan],
     ) -> None:
         self.plan = plan
         self.profile = profile
         self.verdict: Verdict | None = None
-        self._model = model
-        self._loss_fn = loss_fn
-        self._counter = counter
+        self._model = accumulation.model
+        self._accumulation = accumulation
         self._optimizer = optimizer
         self._find = find
         self._decisions = decisions_of(plan.recompute, plan.levels)
@@ -152,37 +146,8 @@ class Step:
         return loss
 
     def _run(self, batch: Any) -> Tensor:
-        """Every micro-batch in turn."""
-        parts = self._parts(batch)
-        if len(parts) == 1:
-            return self._run_part(parts[0], None)
-        if self._counter is None:
-            raise InexactAccumulation(
-                f"the batch has {rows_of(batch)} rows and the plan keeps {self.plan.micro_batch_size} whole, "
-                "because no exact way to split it is known: fit again with a batch as large, or give count=",
-                owner="loss_fn",
-            )
-        total: Tensor | None = None
-        for part, weight in zip(parts, weights(self._counter, parts), strict=True):
-            if weight == 0:  # no valid label: its mean is not a number, its share is nothing
-                continue
-            total = self._run_part(part, weight) if total is None else total + self._run_part(part, weight)
-        assert total is not None
-        return total
-
-    def _parts(self, batch: Any) -> list[Any]:
-        """The micro-batches of any batch, a short last one too."""
-        if self._counter is None and rows_of(batch) <= self.plan.micro_batch_size:
-            return [batch]
-        rows = rows_of(batch)
-        return split(batch, parts_for(rows, min(rows, self.plan.micro_batch_size)))
-
-    def _run_part(self, part: Any, weight: float | None) -> Tensor:
-        """Forward under the plan, then backward. Without a plan no mode is entered."""
-        with Replayer(self._model, self._decisions) if self._decisions else nullcontext():
-            loss = weighted_loss(self._model, self._loss_fn, part, weight)
-        loss.backward()
-        return _alone(loss.detach())
+        """The batch under the plan."""
+        return self._accumulation.run(batch, self.plan.micro_batch_size, self._decisions)
 
     # ---- the promise --------------------------------------------------------------------------------
 
@@ -241,11 +206,6 @@ class Step:
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
-
-
-def _alone(loss: Tensor) -> Tensor:
-    """The loss in a storage of its own: that of ``mse_loss`` on a CPU is as large as what it is a mean of."""
-    return loss if loss.untyped_storage().nbytes() == loss.element_size() else loss.clone()
 
 
 def _wait(place: torch.device) -> None:
