@@ -384,7 +384,7 @@ def judged_steps(
     twin = copy.deepcopy(model)
     twins_optimizer = torch.optim.AdamW(twin.parameters())
     parts = split(batch, parts_for(step.plan.rows, step.plan.micro_batch_size))
-    shares = count.weights(_COUNTERS[family.count], parts) if family.count and len(parts) > 1 else None
+    shares = count.shares(_COUNTERS[family.count], parts) if family.count and len(parts) > 1 else None
     for number in range(2):
         torch.manual_seed(11 + number)
         plain = outcome_of(twin, accumulated(twin, own_loss, parts, shares))

@@ -888,7 +888,7 @@ def judge(zoo: ZooCase, model: nn.Module, batch: Any, step: Any) -> Judged:
     counter = {"rows": count.rows, "labels": count.labels, "shifted_labels": count.shifted_labels}
     twin = copy.deepcopy(model)
     parts = split(batch, parts_for(plan.rows, plan.micro_batch_size))
-    shares = None if len(parts) == 1 or zoo.count is None else count.weights(counter[zoo.count], parts)
+    shares = None if len(parts) == 1 or zoo.count is None else count.shares(counter[zoo.count], parts)
     torch.manual_seed(11)
     plain = outcome_of(twin, accumulated(twin, zoo.loss, parts, shares))
     torch.manual_seed(11)

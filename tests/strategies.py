@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memfit.core.costs import with_overhead
 from memfit.core.graph import (
-    NO_UPDATE,
+    EMPTY_GRAPH,
     LogEntry,
     LogKind,
     Op,
@@ -232,7 +232,7 @@ def flat_update(temporary_bytes: int, *, state_bytes: int = 0, seconds: float = 
     """An ``optimizer.step()`` of one op that makes its state and holds temporaries meanwhile."""
     op = Op(OpKey("", "step", 0), allocates=(0,), temporary_bytes=temporary_bytes, seconds=seconds)
     state = Storage(state_bytes, persists=True)
-    return replace(NO_UPDATE, ops=(op,), storages=(state,), log=(LogEntry(LogKind.OP, 0),))
+    return replace(EMPTY_GRAPH, ops=(op,), storages=(state,), log=(LogEntry(LogKind.OP, 0),))
 
 
 @st.composite
@@ -251,7 +251,7 @@ def profiles(draw: st.DrawFn, most: int = 8, sizes: int = 3, *, tidy: bool = Fal
         graphs=tuple(steps),
         residents=Residents(draw(some), sum(p.gradient_bytes for p in drawn), state_bytes, draw(some)),
         first_update=flat_update(draw(some), state_bytes=draw(st.integers(0, state_bytes))),
-        update=draw(st.sampled_from([update, NO_UPDATE])),
+        update=draw(st.sampled_from([update, EMPTY_GRAPH])),
         alignment_bytes=draw(st.sampled_from([1, 1, 8])),
         unexplained_bytes=draw(rarely(st.integers(1, 9))),
     )

@@ -22,7 +22,7 @@ from memfit.core.graph import Level, OpKey, Profile
 from memfit.core.links import Choices, levels_of, read_links
 from memfit.core.plan import Planner, find_plan, simulate
 from memfit.core.segments import kept_after_forward, read_segments
-from memfit.core.timeline import run
+from memfit.core.timeline import floors, run
 from memfit.errors import InfeasibleBudget
 from memfit.runtime.accumulate import Accumulation
 from models import ZooCase, judge, profile_of, recorded
@@ -178,7 +178,7 @@ def test_solving_alike_segments_once_gives_what_solving_all_gives(profile: Profi
     graph = profile.graphs[0]
     found = []
     for book in (Choices(1), Forgetful(1)):
-        candidate = Candidate(profile, graph, book, 0)
+        candidate = Candidate(profile, graph, book, floors(profile)[False])
         budget = candidate.plain_bytes * (100 + percent) // 200
         found.append((candidate.bound_s(budget), candidate.solve(budget)))
     assert found[0] == found[1]

@@ -179,7 +179,16 @@ def test_temporaries_beyond_the_measured_rows_lie_on_the_line_to_those_at_the_mo
     """10 at 2 rows, 20 at 4, 90 at 8: at 6 rows 55 where the old line says 30; at 3 still 15."""
     small, large, top = (Measured(rows, {KEY: 1.0}, {KEY: b}) for rows, b in ((2, 10), (4, 20), (8, 90)))
     found = [
-        with_costs(replace(ONE, rows=rows), small, large, point).ops[0].temporary_bytes
-        for rows, point in ((6, None), (6, top), (8, top), (3, top))
+        with_costs(replace(ONE, rows=rows), small, large, more).ops[0].temporary_bytes
+        for rows, more in ((6, []), (6, [top]), (8, [top]), (3, [top]))
     ]
     assert found == [30, 55, 90, 15]
+
+
+def test_temporaries_of_one_row_do_not_tell_of_those_of_more() -> None:
+    """16 at 1 row and 48 at 2, as attention's backward has: 16 more a row, not 16 times the rows."""
+    one, two = (Measured(rows, {KEY: 1.0}, {KEY: b}) for rows, b in ((1, 16), (2, 48)))
+    found = [
+        with_costs(replace(ONE, rows=rows), one, one, [two]).ops[0].temporary_bytes for rows in (1, 2, 5)
+    ]
+    assert found == [16, 48, 144]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,9 @@ from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.count import Counter, counter_for
 from memfit.runtime.job import Job, check_model
 from memfit.runtime.meter import device_memory
-from memfit.runtime.micro import LossFn
-from memfit.runtime.profiling import profile
-from memfit.runtime.profiling import profile as record_profile
+from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
+from memfit.runtime.profiling import profile, profile_job
+from memfit.runtime.rowwise import are_independent, audit_of_rows
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.windows import windows
 from memfit.units import parse_memory
@@ -58,20 +58,22 @@ _MOST_REFUSALS = 3
 
 def fit(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: LossFn | Callable[[Any, Any], Loss],
     batch: Any,
     *,
     memory: str | int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
-    count: str | Counter = "auto",
+    count: str | Counter | Mapping[str, str | Counter] = "auto",
     profile: Profile | None = None,
+    outputs_fn: OutputsFn | None = None,
 ) -> Step:
     """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
 
     Args:
         model: Any module in training mode, on the device it trains on.
-        loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch; or a mapping of terms,
+            each a scalar tensor, whose sum is the loss (``step.terms`` has them afterwards).
         batch: An example of the effective batch; its tensors share the first dimension.
         memory: ``"8GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
             it may be left out: what is free.
@@ -79,10 +81,15 @@ def fit(
         micro_batch_size: Pins the micro-batch instead of choosing it.
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
-            ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
+            ``micro_batch -> number``; one for each term of a mapping. ``"auto"`` finds the one under which
+            the losses add up. ``"coupled"``: none does, run in two passes (see ``outputs_fn``).
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
+        outputs_fn: ``outputs_fn(model, batch)``, a nesting of tensors that have one row a row of the batch;
+            then it is ``loss_fn(outputs, batch)``. A loss that couples the rows (contrastive ones, Dice,
+            normalised advantages) is then exact in micro-batches too: all outputs first, without a graph,
+            and each forward once more for its gradient.
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
@@ -94,11 +101,20 @@ def fit(
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
     pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
-    counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
+    loss = whole_loss(loss_fn, outputs_fn)
+    job = Job(model, loss, batch, optimizer)
+    counter = None
+    if count != "coupled" and not (pinned_whole and count == "auto"):
+        counter = counter_for(count, model, loss, batch)
     owner = _needs_whole(model, counter)
+    if outputs_fn is not None and counter is None and owner is not None:
+        audited = audit_of_rows(job)
+        if are_independent(audited):
+            job, owner = job._replace(is_two_pass=True), None
+        elif count == "coupled":
+            raise InexactAccumulation(f"two passes are not exact: {audited}", owner=audited.owner)
     _refuse_parts(owner, rows, micro_batch_size)
     whole_only = owner is not None and micro_batch_size is None
-    job = Job(model, loss_fn, batch, optimizer)
     size = rows if whole_only else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
@@ -112,7 +128,7 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss_fn, counter)
+    accumulation = Accumulation(model, loss, counter, job.is_two_pass)
     return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
 
 
@@ -162,17 +178,10 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
                 return replace(stored, graphs=(stored.graph(size),))
             changed = f"it holds micro-batches of {sizes} rows, and {size} are asked for"
         warnings.warn(f"the stored profile is not used: {changed}; profiling again", stacklevel=3)
-    return record_profile(
-        job.model,
-        job.loss_fn,
-        job.batch,
-        optimizer=job.optimizer,
-        micro_batch_size=micro_batch_size,
-        limit_bytes=limit_bytes,
-    )
+    return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes)
 
 
-def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:
+def _needs_whole(model: nn.Module, counter: Counter | Mapping[str, Counter] | None) -> str | None:
     """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
     if counter is None:
         return "no known weights make the losses of parts add up to the loss of the batch"

@@ -36,6 +36,7 @@ from memfit.runtime.folder import (
     write_run,
 )
 from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
+from memfit.runtime.micro import weighted_loss
 from memfit.runtime.state import (
     Position,
     RandomState,
@@ -349,9 +350,9 @@ def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
     """Returns the step as everybody writes it."""
 
     def body(batch: Any) -> torch.Tensor:
-        loss = workload.loss_fn(workload.model, batch)
-        torch.autograd.backward(loss)
-        return loss.detach()
+        loss = weighted_loss(workload.model, workload.loss_fn, batch, None)
+        loss.backward()
+        return loss.total.detach()
 
     return body
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import memfit
 from memfit.cli import main
 from memfit.core.allocator import Memory
-from memfit.core.graph import NO_UPDATE, Level, Profile, Residents, StepGraph
+from memfit.core.graph import EMPTY_GRAPH, Level, Profile, Residents, StepGraph
 from memfit.core.plan import Planner, find_plan, simulate
 from memfit.core.reserved import moves, predict_cuda_memory
 from memfit.core.timeline import run
@@ -106,7 +106,7 @@ def test_the_state_of_the_first_update_makes_the_second_step_reserve_more() -> N
     profile = replace(profile, first_update=flat_update(0, state_bytes=12 * MIB))
     plan = find_plan(profile, memory="1GiB")
     assert predict_cuda_memory(profile, plan).reserved_bytes == 26 * MIB
-    stateless = replace(profile, residents=Residents(0, 0, 0, 0), first_update=NO_UPDATE)
+    stateless = replace(profile, residents=Residents(0, 0, 0, 0), first_update=EMPTY_GRAPH)
     assert predict_cuda_memory(stateless, plan).reserved_bytes == 14 * MIB
 
 

@@ -19,7 +19,7 @@ from memfit.core.graph import Profile, StepGraph
 from memfit.core.ladder import ChainLadder, Dropped, Judged, ProgramLadder
 from memfit.core.links import Choices, read_links
 from memfit.core.milp import Program
-from memfit.core.timeline import Run, base_bytes, run
+from memfit.core.timeline import Event, Run, base_bytes, run
 
 _WINDOW = 24  # slots: about a layer and a half of a transformer
 _FEW_OPS = 150  # of a forward: a program of so few takes no time
@@ -31,10 +31,10 @@ _NOTHING: Dropped = {}
 class Candidate:
     """One micro-batch size of a profile. See Note [Two planners]."""
 
-    def __init__(self, profile: Profile, graph: StepGraph, choices: Choices, update_bytes: int) -> None:
+    def __init__(self, profile: Profile, graph: StepGraph, choices: Choices, floor: Event) -> None:
         self.profile = profile
         self.graph = graph
-        self.update_bytes = update_bytes
+        self.floor = floor
         self._choices = choices
 
     # ---- costs ------------------------------------------------------------------------------------
@@ -58,7 +58,15 @@ class Candidate:
         """Seconds of a step that recomputes this long in its largest micro-batch."""
         fixed_s = min(self.profile.fixed_s, self.graph.seconds)
         growing_s = self.graph.seconds - fixed_s + recompute_s
-        return self.steps * fixed_s + self.largest * growing_s + self.profile.update_s
+        other_s = self.profile.update_s + self.first_pass_s
+        return self.steps * fixed_s + self.largest * growing_s + other_s
+
+    @property
+    def first_pass_s(self) -> float:
+        """Seconds of a step before the second of two passes: all forwards, and the loss of all outputs."""
+        if not self.graph.held_bytes:
+            return 0.0
+        return self.largest * self.graph.forward_s + self.profile.loss_of_all.seconds
 
     def run(self, dropped: Dropped) -> Run:
         """The simulation of a choice."""

@@ -91,7 +91,8 @@ def at_speed(profile: Profile, factor: float) -> Profile:
     graphs = tuple(
         replace(graph, ops=tuple(_at_speed(op, factor) for op in graph.ops)) for graph in profile.graphs
     )
-    return replace(profile, graphs=graphs, fixed_s=profile.fixed_s * factor)
+    loss = replace(profile.loss_of_all, ops=tuple(_at_speed(op, factor) for op in profile.loss_of_all.ops))
+    return replace(profile, graphs=graphs, loss_of_all=loss, fixed_s=profile.fixed_s * factor)
 
 
 def _at_speed(op: Op, factor: float) -> Op:
@@ -131,14 +132,17 @@ def quicker(one: Measured, other: Measured) -> Measured:
     return replace(one, seconds=seconds, temporary_bytes=highest)
 
 
-def with_costs(graph: StepGraph, small: Measured, large: Measured, top: Measured | None = None) -> StepGraph:
+def with_costs(
+    graph: StepGraph, small: Measured, large: Measured, more: Sequence[Measured] = ()
+) -> StepGraph:
     """The graph with seconds and temporaries carried over from two measured sizes (or twice the same).
 
     An op neither run saw keeps what it has.
 
     Args:
-        top: Temporaries of some ops at the most rows there are. Beyond the rows of ``large`` they lie on the
-            line to it, which is never too low where temporaries grow ever faster (a convolution's).
+        more: Temporaries of some ops at other numbers of rows, such as the most there are. Between two sizes
+            they lie on the line through both, which is never too low where temporaries grow ever faster (a
+            convolution's).
     """
     fixed = fixed_share(small, large)
     growth = fixed + (1.0 - fixed) * graph.rows / large.rows
@@ -148,11 +152,9 @@ def with_costs(graph: StepGraph, small: Measured, large: Measured, top: Measured
             op = replace(op, seconds=large.seconds[op.key] * growth)
         if op.key in large.temporary_bytes:
             most = large.temporary_bytes[op.key]
-            least = small.temporary_bytes.get(op.key, most)
-            grown = _line(small.rows, least, large.rows, most, graph.rows)
-            if top is not None and op.key in top.temporary_bytes and graph.rows > large.rows:
-                grown = _line(large.rows, most, top.rows, top.temporary_bytes[op.key], graph.rows)
-            op = replace(op, temporary_bytes=round(grown))
+            points = {small.rows: small.temporary_bytes.get(op.key, most), large.rows: most}
+            points |= {p.rows: p.temporary_bytes[op.key] for p in more if op.key in p.temporary_bytes}
+            op = replace(op, temporary_bytes=round(_between(points, graph.rows)))
         ops.append(op)
     return replace(graph, ops=tuple(ops))
 
@@ -208,6 +210,14 @@ def with_made_bytes(graph: StepGraph, small: Measured, large: Measured) -> StepG
             size_bytes = max(0, storages[biggest].size_bytes + missing)
             storages[biggest] = replace(storages[biggest], size_bytes=size_bytes)
     return replace(graph, storages=tuple(storages))
+
+
+def _between(points: Mapping[int, float], rows: int) -> float:
+    """What lies on the line through the neighbours of ``rows`` among some points, or the last two beyond."""
+    sizes = sorted(points)
+    above = next((i for i, size in enumerate(sizes) if size >= rows), len(sizes) - 1)
+    one, other = sizes[max(0, above - 1)], sizes[max(above, min(1, len(sizes) - 1))]
+    return _line(one, points[one], other, points[other], rows)
 
 
 def _line(rows_a: int, a: float, rows_b: int, b: float, rows: int) -> float:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from memfit.core.basis import Basis
 
-FORMAT = 2
+FORMAT = 3
 
 
 class OpKey(NamedTuple):
@@ -116,7 +116,8 @@ class StepGraph:
     """Forward and backward of one micro-batch of ``rows`` rows. See Note [The step graph].
 
     ``gradients_resident`` says whether ``.grad`` existed at the start, as it does from the second
-    micro-batch on. ``coupled`` names ops that mix rows (BatchNorm in training mode).
+    micro-batch on. ``coupled`` names ops that mix rows (BatchNorm in training mode). ``held_bytes`` above 0
+    says that this is a micro-batch of the second of two passes: beside it lie the gradients of all outputs.
     """
 
     rows: int
@@ -128,6 +129,7 @@ class StepGraph:
     saves: tuple[Save, ...]
     log: tuple[LogEntry, ...]
     coupled: tuple[str, ...] = ()
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Refuses numbers no step can have: the planner would compute nonsense from them."""
@@ -170,6 +172,7 @@ class StepGraph:
             "saves": [s.value for s in self.saves],
             "log": [list(entry) for entry in self.log],
             "coupled": list(self.coupled),
+            "held_bytes": self.held_bytes,
         }
 
     @staticmethod
@@ -185,11 +188,12 @@ class StepGraph:
             saves=tuple(Save(value) for value in data["saves"]),
             log=tuple(LogEntry(*row) for row in data["log"]),
             coupled=tuple(data["coupled"]),
+            held_bytes=data["held_bytes"],
         )
 
 
-NO_UPDATE = StepGraph(1, 0, True, (), (), (), (), ())
-_UPDATES = ("first_update", "update")
+EMPTY_GRAPH = StepGraph(1, 0, True, (), (), (), (), ())
+_SINGLE_GRAPHS = ("first_update", "update", "loss_of_all")
 
 
 class ValueKey(NamedTuple):
@@ -259,18 +263,21 @@ class Profile:
         unexplained_bytes: What a measured run showed above the prediction; added to every peak.
         source: How it was recorded ("fake", "real") and where the seconds come from.
         basis: What it depends on: model, batch, versions and so on, each as a short text.
+        loss_of_all: Between two passes: the outputs of all micro-batches are joined, then the loss alone goes
+            forward and backward.
     """
 
     rows: int
     graphs: tuple[StepGraph, ...]
     residents: Residents
-    first_update: StepGraph = NO_UPDATE
-    update: StepGraph = NO_UPDATE
+    first_update: StepGraph = EMPTY_GRAPH
+    update: StepGraph = EMPTY_GRAPH
     fixed_s: float = 0.0
     alignment_bytes: int = 1
     unexplained_bytes: int = 0
     source: str = ""
     basis: Basis = ()
+    loss_of_all: StepGraph = EMPTY_GRAPH
 
     @property
     def update_s(self) -> float:
@@ -295,7 +302,7 @@ class Profile:
         """A JSON text that :meth:`from_json` reads back to an equal value."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"graphs": [graph.to_data() for graph in self.graphs], "residents": asdict(self.residents)}
-        data |= {name: data[name].to_data() for name in _UPDATES}
+        data |= {name: data[name].to_data() for name in _SINGLE_GRAPHS}
         return json.dumps(data | {"format": FORMAT})
 
     @staticmethod
@@ -308,7 +315,7 @@ class Profile:
         data = _checked(text, "profile")
         try:
             graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
-            data |= {name: StepGraph.from_data(data[name]) for name in _UPDATES}
+            data |= {name: StepGraph.from_data(data[name]) for name in _SINGLE_GRAPHS}
             data["basis"] = tuple((name, value) for name, value in data["basis"])
             residents = data.pop("residents")
             residents |= {name: tuple(residents[name]) for name in residents if name.endswith("_sizes")}
@@ -326,7 +333,7 @@ def _check_profile(profile: Profile) -> None:
         raise ValueError("a size is no number, or there is no graph")
     if not isinstance(profile.fixed_s, (int, float)) or profile.alignment_bytes < 1:
         raise ValueError("the seconds or the alignment are no number")
-    for graph in (*profile.graphs, profile.first_update, profile.update):
+    for graph in (*profile.graphs, *(getattr(profile, name) for name in _SINGLE_GRAPHS)):
         counts = (len(graph.ops), len(graph.saves), len(graph.saves), len(graph.saves), len(graph.storages))
         logged = sum(kind == LogKind.OP for kind, _ in graph.log)
         if logged != len(graph.ops) or any(not 0 <= item < counts[kind] for kind, item in graph.log):

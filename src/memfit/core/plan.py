@@ -20,9 +20,11 @@ from itertools import repeat
 from memfit.core.candidate import Candidate
 from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
 from memfit.core.links import Choices
-from memfit.core.timeline import Timeline, droppable, events, update_peak_bytes
+from memfit.core.timeline import Event, Timeline, droppable, events, floors
 from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
+
+_UPDATE = "optimizer.step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Plan:
         recompute: The values that are computed again instead of kept.
         recomputed_bytes: Their size in one micro-batch.
         levels: One for each of them where some are computed more than once; else empty.
+        is_two_pass: Every forward runs twice, for the loss couples the rows: first all outputs, then their
+            gradients. ``recompute_s`` counts neither.
     """
 
     rows: int
@@ -61,6 +65,7 @@ class Plan:
     recompute: tuple[ValueKey, ...] = ()
     recomputed_bytes: int = 0
     levels: tuple[Level, ...] = ()
+    is_two_pass: bool = False
 
     @property
     def optimality_gap(self) -> float:
@@ -90,6 +95,8 @@ class Plan:
             f"at {self.peak_owner}",
             f"step {format_seconds(self.predicted_step_s)}",
         ]
+        if self.is_two_pass:
+            lines.append("two passes: every forward once more, for the loss is taken on all outputs")
         if self.recompute:
             share = self.recompute_s / max(self.forward_s, 1e-12)
             lines.append(
@@ -152,16 +159,16 @@ class Planner:
         graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
         choices = Choices(profile.alignment_bytes)
         self._profile = profile
-        self._update_bytes = update_peak_bytes(profile)
-        found = (Candidate(profile, graph, choices, self._update_bytes) for graph in graphs)
+        floor = floors(profile)
+        found = (Candidate(profile, graph, choices, floor[graph.held_bytes > 0]) for graph in graphs)
         self._candidates = sorted(found, key=lambda c: (c.step_s(0.0), c.steps))
         self._lowest: Plan | None = None
 
     def fastest(self, budget_bytes: int) -> Plan | None:
         """The fastest plan within a budget, None if none was found."""
         best: Plan | None = None
-        if self._update_bytes <= budget_bytes:
-            for candidate in self._candidates:
+        for candidate in self._candidates:
+            if candidate.floor.total_bytes <= budget_bytes:
                 best = _faster(best, candidate, budget_bytes)
         return best
 
@@ -191,8 +198,8 @@ class Planner:
     def _cure(self, least: Plan) -> str:
         """What would make less memory do."""
         always_bytes = self._profile.residents.total_bytes + self._profile.unexplained_bytes
-        held_bytes = self._update_bytes - always_bytes
-        if least.peak_owner != "optimizer.step" or held_bytes <= 0:
+        held_bytes = least.predicted_peak_bytes - always_bytes
+        if least.peak_owner != _UPDATE or held_bytes <= 0:
             return "make the model, the rows or the optimizer state smaller"
         held = format_bytes(held_bytes)
         return f"take an optimizer that holds less than {held} meanwhile: most have fused=True"
@@ -286,7 +293,7 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
     simulated = candidate.run(dropped)
     recompute_s = candidate.cost_s(simulated)
     peak_bytes = candidate.base_bytes + simulated.peak.total_bytes
-    update_bytes = candidate.update_bytes
+    floor = candidate.floor
     top = simulated.peak
     phase = "recompute" if top.is_replay else "forward" if top.op < graph.forward_ops else "backward"
     named = sorted((graph.value_key(value), level) for value, level in dropped.items())
@@ -296,8 +303,8 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
         micro_batch_size=graph.rows,
         gradient_accumulation_steps=candidate.steps,
         budget_bytes=budget_bytes,
-        predicted_peak_bytes=max(peak_bytes, update_bytes),
-        peak_owner=f"{phase}, {graph.ops[top.op].key}" if peak_bytes > update_bytes else "optimizer.step",
+        predicted_peak_bytes=max(peak_bytes, floor.total_bytes),
+        peak_owner=f"{phase}, {graph.ops[top.op].key}" if peak_bytes > floor.total_bytes else _told(floor),
         predicted_step_s=candidate.step_s(recompute_s),
         forward_s=candidate.largest * graph.forward_s,
         recompute_s=candidate.largest * recompute_s,
@@ -305,4 +312,10 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
         recompute=tuple(key for key, _ in named),
         recomputed_bytes=sum(graph.size_bytes(value) for value in dropped),
         levels=tuple(level for _, level in named) if in_levels else (),
+        is_two_pass=graph.held_bytes > 0,
     )
+
+
+def _told(floor: Event) -> str:
+    """The owner of a peak that no plan changes."""
+    return _UPDATE if floor.phase == "update" else f"{floor.phase}, {floor.owner}"

@@ -26,7 +26,7 @@ from memfit.core.frontier import undominated
 from memfit.core.graph import Profile, StepGraph
 from memfit.core.links import Choices
 from memfit.core.regions import Region, can_be_region, run_regions
-from memfit.core.timeline import update_peak_bytes
+from memfit.core.timeline import floors
 
 _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 _SAVED = _MATMULS | {"convolution", "_convolution"}
@@ -76,10 +76,10 @@ def strategies(profile: Profile, *, micro_batch_size: int | None = None) -> list
     """
     graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
     choices = Choices(profile.alignment_bytes)
-    update_bytes = update_peak_bytes(profile)
+    floor = floors(profile)
     families: dict[str, list[Strategy]] = {}
     for graph in graphs:
-        for strategy in _of_size(Candidate(profile, graph, choices, update_bytes)):
+        for strategy in _of_size(Candidate(profile, graph, choices, floor[graph.held_bytes > 0])):
             families.setdefault(strategy.family, []).append(strategy)
     return [strategy for family in families.values() for strategy in undominated(family)]
 
@@ -137,7 +137,7 @@ def _strategy(candidate: Candidate, family: str, name: str, blocks: str, regions
         blocks=blocks,
         micro_batch_size=graph.rows,
         gradient_accumulation_steps=candidate.steps,
-        predicted_peak_bytes=max(peak_bytes, candidate.update_bytes),
+        predicted_peak_bytes=max(peak_bytes, candidate.floor.total_bytes),
         predicted_step_s=candidate.step_s(recompute_s),
         forward_s=candidate.largest * graph.forward_s,
         recompute_s=candidate.largest * recompute_s,

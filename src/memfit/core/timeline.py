@@ -64,7 +64,8 @@ class Run(NamedTuple):
 class Event:
     """One moment of the step, every byte in a category.
 
-    ``phase`` is "forward", "backward", "recompute" or "update"; ``owner`` the call site that runs.
+    ``phase`` is "loss of all" (between two passes), "forward", "backward", "recompute" or "update"; ``owner``
+    the call site that runs.
     """
 
     phase: str
@@ -420,13 +421,29 @@ def play(walk: Walk) -> Run:
 def base_bytes(profile: Profile, graph: StepGraph) -> int:
     """Bytes alive under every moment of a micro-batch: with one micro-batch gradients grow in the run."""
     residents = profile.residents
-    gradients = residents.gradients_bytes if graph.gradients_resident else 0
+    gradients = (residents.gradients_bytes if graph.gradients_resident else 0) + graph.held_bytes
     return residents.total_bytes - residents.gradients_bytes + gradients + profile.unexplained_bytes
 
 
 def update_peak_bytes(profile: Profile) -> int:
     """Peak of the optimizer step, the first or a later one, when the activations are gone."""
-    return max(event.total_bytes for first in (True, False) for event in update_events(profile, first=first))
+    return _update_peak(profile).total_bytes
+
+
+def floors(profile: Profile) -> dict[bool, Event]:
+    """The highest moment that no plan changes: of the optimizer step, and of the loss of all in two passes.
+
+    By whether there are two passes.
+    """
+    update = _update_peak(profile)
+    both = [update, *_loss_events(profile, first=False)] if profile.loss_of_all.ops else [update]
+    return {False: update, True: max(both, key=lambda event: event.total_bytes)}
+
+
+def _update_peak(profile: Profile) -> Event:
+    """The highest moment of the optimizer step."""
+    found = [event for first in (True, False) for event in update_events(profile, first=first)]
+    return max(found, key=lambda event: event.total_bytes)
 
 
 def events(
@@ -438,7 +455,9 @@ def events(
         first_step: The optimizer's state is born in this step, so it weighs nothing before the update.
     """
     residents = profile.residents
-    resident_gradients = residents.gradients_bytes if graph.gradients_resident else 0
+    resident_gradients = (residents.gradients_bytes if graph.gradients_resident else 0) + graph.held_bytes
+    if graph.held_bytes:
+        yield from _loss_events(profile, first=first_step)
     for moment in run(graph, dropped, alignment_bytes=profile.alignment_bytes).moments:
         forward = moment.op < graph.forward_ops
         yield Event(
@@ -453,6 +472,23 @@ def events(
             temporaries_bytes=moment.temporary_bytes + profile.unexplained_bytes,
         )
     yield from update_events(profile, first=first_step)
+
+
+def _loss_events(profile: Profile, *, first: bool) -> Iterator[Event]:
+    """Every moment at which the loss of all outputs is taken, before there are gradients of parameters."""
+    residents, graph = profile.residents, profile.loss_of_all
+    for moment in run(graph, alignment_bytes=profile.alignment_bytes).moments:
+        yield Event(
+            phase="loss of all",
+            owner=str(graph.ops[moment.op].key),
+            parameters_bytes=residents.parameters_bytes,
+            gradients_bytes=moment.gradient_bytes,
+            optimizer_bytes=old_state_bytes(profile) if first else residents.optimizer_bytes,
+            batch_bytes=residents.batch_bytes,
+            activations_bytes=moment.activation_bytes,
+            replayed_bytes=0,
+            temporaries_bytes=moment.temporary_bytes + profile.unexplained_bytes,
+        )
 
 
 def update_events(profile: Profile, *, first: bool) -> Iterator[Event]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from memfit.core.batching import parts_for
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import rows_of, split
 from memfit.runtime.count import Counter, weights
-from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.micro import LossFn, OutputsLoss, Weighed, Weight, alone, weighted_loss
+from memfit.runtime.passes import run_in_two_passes
 from memfit.runtime.replay import Decisions, Replayer
 
 
@@ -21,48 +23,62 @@ class Accumulation:
     """How the gradient of a batch follows from those of its parts.
 
     Attributes:
-        counter: What each part is weighted by; None: the batch must stay whole.
+        counter: What each part is weighted by, or each term of each part.
+        is_two_pass: The loss is taken on the outputs of all parts, see ``runtime/passes.py``; then the loss
+            is an :class:`OutputsLoss`. With neither, the batch must stay whole.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    counter: Counter | None
+    counter: Counter | Mapping[str, Counter] | None
+    is_two_pass: bool = False
 
-    def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Tensor:
-        """The loss of the whole batch, detached; its gradient is added to ``.grad``."""
+    def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Weighed:
+        """The loss of the whole batch and its terms, without a graph; its gradient is added to ``.grad``."""
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
             return self._run_part(parts[0], None, decisions)
+        if self.is_two_pass:
+            assert isinstance(self.loss_fn, OutputsLoss)
+            return run_in_two_passes(self.model, self.loss_fn, batch, parts, decisions)
         if self.counter is None:
             raise InexactAccumulation(
                 f"the batch has {rows_of(batch)} rows and the plan keeps {micro_batch_size} whole, "
                 "because no exact way to split it is known: fit again with a batch as large, or give count=",
                 owner="loss_fn",
             )
-        total: Tensor | None = None
+        total: Weighed | None = None
         for part, weight in zip(parts, weights(self.counter, parts), strict=True):
-            if weight == 0:  # no valid label: its mean is not a number, its share is nothing
+            if _is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
                 continue
             loss = self._run_part(part, weight, decisions)
-            total = loss if total is None else total + loss
+            total = loss if total is None else _sum(total, loss)
         assert total is not None
         return total
 
     def _parts(self, batch: Any, micro_batch_size: int) -> list[Any]:
         """The micro-batches of any batch, a short last one too."""
-        if self.counter is None and rows_of(batch) <= micro_batch_size:
-            return [batch]
         rows = rows_of(batch)
+        if self.counter is None and rows <= micro_batch_size:
+            return [batch]
         return split(batch, parts_for(rows, min(rows, micro_batch_size)))
 
-    def _run_part(self, part: Any, weight: float | None, decisions: Decisions) -> Tensor:
+    def _run_part(self, part: Any, weight: Weight, decisions: Decisions) -> Weighed:
         """Forward under the plan, then backward. Without a plan no mode is entered."""
         with Replayer(self.model, decisions) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
         loss.backward()
-        return _alone(loss.detach())
+        return loss._replace(total=alone(loss.total))
 
 
-def _alone(loss: Tensor) -> Tensor:
-    """The loss in a storage of its own: that of ``mse_loss`` on a CPU is as large as what it is a mean of."""
-    return loss if loss.untyped_storage().nbytes() == loss.element_size() else loss.clone()
+def _is_nothing(weight: Weight) -> bool:
+    """Whether no part of the loss counts."""
+    return not any(weight.values()) if isinstance(weight, Mapping) else weight == 0
+
+
+def _sum(one: Weighed, other: Weighed) -> Weighed:
+    """The sum of two losses, term by term."""
+    terms = dict(one.terms)
+    for name, term in other.terms.items():
+        terms[name] = terms[name] + term if name in terms else term
+    return Weighed(one.total + other.total, terms)

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 from memfit.errors import InexactAccumulation
 
 _ROOT: Final = "batch"
+_OUTPUTS: Final = "outputs"
 _PLAIN_TYPES: Final = (
     type(None),
     str,
@@ -102,6 +103,20 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     return _split(_ROOT, batch, rows, [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)])
 
 
+def join(parts: Sequence[Any]) -> Any:
+    """Returns the batch, or the outputs, whose rows are those of ``parts``, in order: what ``split`` undoes.
+
+    The tensors are new. Plain values are those of the first part.
+
+    Args:
+        parts: At least one, of the same nesting; what holds no tensor must be equal in all.
+
+    Raises:
+        InexactAccumulation: A tensor has no rows, or the parts differ in something else than their rows.
+    """
+    return _join(_OUTPUTS, parts)
+
+
 def tensors_of(batch: object) -> Iterator[tuple[str, Tensor]]:
     """Yields each tensor of ``batch`` with its path, such as ``batch['images'][0]``, in order.
 
@@ -154,6 +169,46 @@ def _split(path: str, node: Any, rows: int, cuts: list[slice]) -> list[Any]:
         return [_rebuild(node, [column[part] for column in columns]) for part in range(len(cuts))]
     except TypeError as error:
         raise InexactAccumulation(f"{path} cannot be split: {error}", owner=path) from error
+
+
+def _join(path: str, nodes: Sequence[Any]) -> Any:
+    """Returns the node whose rows are those of ``nodes``."""
+    first = nodes[0]
+    if isinstance(first, Tensor) and all(isinstance(node, Tensor) for node in nodes):
+        return _join_tensors(path, nodes)
+    children = [_children(node) for node in nodes]
+    if any(
+        (own is None) != (children[0] is None) or len(own or []) != len(children[0] or []) for own in children
+    ):
+        raise InexactAccumulation(
+            f"{path} is another thing in each micro-batch, so it cannot be joined: return the same nesting "
+            "for all of them",
+            owner=path,
+        )
+    if children[0] is None:
+        return first
+    joined = [
+        _join(path + step, [(own or [])[number][1] for own in children])
+        for number, (step, _) in enumerate(children[0])
+    ]
+    return _rebuild(first, joined) if _holds_tensors(first) else first
+
+
+def _join_tensors(path: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the tensors, one below the other."""
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if tensors[0].dim() == 0 or len(shapes) > 1:
+        told = (
+            "no rows (it is a 0-dim tensor)"
+            if tensors[0].dim() == 0
+            else "rows of another shape in each micro-batch"
+        )
+        raise InexactAccumulation(
+            f"{path} has {told}, so the outputs of all cannot be joined: return from outputs_fn "
+            "only what has one row a row of the batch, and compute the rest in loss_fn",
+            owner=path,
+        )
+    return torch.cat(list(tensors))
 
 
 def _split_plain_sequence(path: str, node: Any, rows: int, cuts: list[slice]) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import map_tensors, rows_of, split, tensors_of
 from memfit.runtime.fake import untouched
-from memfit.runtime.micro import LossFn
+from memfit.runtime.micro import LossFn, Weight
 from memfit.runtime.preserve import Snapshot
 
 Counter = Callable[[Any], float]
@@ -56,30 +56,53 @@ NAMED: Final[Mapping[str, Counter]] = {
 }
 
 
-def weights(counter: Counter, parts: list[Any]) -> list[float]:
-    """The weight of each part; they add up to 1, or are all 1 for a sum.
+def weights(counter: Counter | Mapping[str, Counter], parts: list[Any]) -> list[Weight]:
+    """The weight of each part, or of each term of each part; they add up to 1, or are all 1 for a sum.
 
     Raises:
         ValueError: A count is negative or no number, or there is nothing to count in the whole batch.
     """
+    if not isinstance(counter, Mapping):
+        return [*shares(counter, parts)]
+    columns = {name: shares(one, parts, f" of the term {name!r}") for name, one in counter.items()}
+    return [{name: column[part] for name, column in columns.items()} for part in range(len(parts))]
+
+
+def shares(counter: Counter, parts: list[Any], whose: str = "") -> list[float]:
+    """The share of each part in all that a counter counts."""
     if counter is one:
         return [1.0] * len(parts)
     counts = [float(counter(part)) for part in parts]
     if any(not count >= 0 or count == float("inf") for count in counts):
-        raise ValueError(f"count gave {counts} for the micro-batches: each must be a number of at least 0")
+        raise ValueError(
+            f"count{whose} gave {counts} for the micro-batches: each must be a number of at least 0"
+        )
     total = sum(counts)
     if total == 0:
         raise ValueError(
-            "count gave 0 for the whole batch, so its mean loss is not defined: leave out batches without a "
-            "valid label"
+            f"count{whose} gave 0 for the whole batch, so its mean loss is not defined: leave out batches "
+            "without a valid label"
         )
     return [count / total for count in counts]
 
 
-def counter_for(count: str | Counter, model: nn.Module, loss_fn: LossFn, batch: Any) -> Counter | None:
+def counter_for(
+    count: str | Counter | Mapping[str, str | Counter], model: nn.Module, loss_fn: LossFn, batch: Any
+) -> Counter | Mapping[str, Counter] | None:
     """The counter a user asked for; for ``"auto"`` the one under which the parts' losses add up.
 
     None: none of the known ones does, so the batch must not be split.
+
+    Raises:
+        ValueError: ``count`` is none of the names.
+    """
+    if isinstance(count, Mapping):
+        return {term: named_counter(one) for term, one in count.items()}
+    return _probed(model, loss_fn, batch) if count == "auto" else named_counter(count)
+
+
+def named_counter(count: str | Counter) -> Counter:
+    """The counter of a name, or the one that was given.
 
     Raises:
         ValueError: ``count`` is none of the names.
@@ -88,9 +111,7 @@ def counter_for(count: str | Counter, model: nn.Module, loss_fn: LossFn, batch: 
         return count
     if count in NAMED:
         return NAMED[count]
-    if count != "auto":
-        raise ValueError(f"count is {count!r}: give 'auto', {', '.join(map(repr, NAMED))} or a function")
-    return _probed(model, loss_fn, batch)
+    raise ValueError(f"count is {count!r}: give 'auto', {', '.join(map(repr, NAMED))} or a function")
 
 
 def guarded_rows(part: Any) -> float:
@@ -152,11 +173,11 @@ def _only_match(
 def _adds_up(counter: Counter, parts: list[Any], losses: list[float], whole: float) -> bool:
     """Whether the weighted losses of the parts give the loss of the whole."""
     try:
-        shares = weights(counter, parts)
+        found = shares(counter, parts)
     except (ValueError, InexactAccumulation, IndexError):
         return False
-    summed = sum(share * loss for share, loss in zip(shares, losses, strict=True))
-    return 0.0 not in shares and abs(summed - whole) <= _TOLERANCE * abs(whole)
+    summed = sum(share * loss for share, loss in zip(found, losses, strict=True))
+    return 0.0 not in found and abs(summed - whole) <= _TOLERANCE * abs(whole)
 
 
 def some_rows(batch: Any, total_rows: int, most: int = _PROBE_ROWS) -> Any:

@@ -12,16 +12,21 @@ from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import split, tensors_of
 from memfit.runtime.micro import LossFn, weighted_loss
 from memfit.runtime.probe import Probe
-from memfit.runtime.record import Recording, record
+from memfit.runtime.record import Differentiable, Recording, record
+from memfit.runtime.rehearse import second_pass
 
 
 class Job(NamedTuple):
-    """A model with its loss and batch: what is profiled."""
+    """A model with its loss and batch: what is profiled.
+
+    ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    """
 
     model: nn.Module
     loss_fn: LossFn
     batch: Any
     optimizer: torch.optim.Optimizer | None
+    is_two_pass: bool = False
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -65,6 +70,13 @@ def record_part(
     part = split(batch, sizes)[0]
     weight = None if count == 1 else sizes[0] / rows
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+
+    def forward() -> Differentiable:
+        return weighted_loss(job.model, job.loss_fn, part, weight)
+
+    if job.is_two_pass and resident:
+        forward, seeds = second_pass(job.model, job.loss_fn, part)
+        gradients += seeds
     externals = [
         *job.model.parameters(),
         *job.model.buffers(),
@@ -73,7 +85,7 @@ def record_part(
     ]
     return record(
         job.model,
-        lambda: weighted_loss(job.model, job.loss_fn, part, weight),
+        forward,
         externals,
         probe,
         rows=sizes[0],

@@ -1,47 +1,124 @@
-"""One micro-batch: the loss, checked and weighted. Recording and running share it, to the byte."""
+"""One micro-batch: the loss, checked and weighted. Recording and running share it, to the byte.
+
+A loss is one number or a mapping of terms, each one number, whose sum is what is trained on. A term that is
+a mean over its own units (labels, rows, boxes) has a weight of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+Loss = Tensor | Mapping[str, Tensor]
+LossFn = Callable[[nn.Module, Any], Loss]
+OutputsFn = Callable[[nn.Module, Any], Any]
+Weight = float | Mapping[str, float] | None  # of each term; None: it is the whole batch
 
 
-def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | None) -> Tensor:
-    """The loss of one micro-batch times its weight in the effective batch; None: it is the whole batch.
+class Weighed(NamedTuple):
+    """The loss of one micro-batch, in a graph, and the terms it is the sum of, without one."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+    def backward(self) -> None:
+        """Adds the gradients to the leaves."""
+        self.total.backward()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputsLoss:
+    """A loss that sees only the outputs of the model, as one function of model and batch."""
+
+    outputs_fn: OutputsFn
+    of_outputs: Callable[[Any, Any], Loss]
+
+    def __call__(self, model: nn.Module, batch: Any) -> Loss:
+        """The loss of a batch."""
+        return self.of_outputs(self.outputs_fn(model, batch), batch)
+
+
+def whole_loss(loss_fn: LossFn | Callable[[Any, Any], Loss], outputs_fn: OutputsFn | None) -> LossFn:
+    """The loss of model and batch, whether or not it is given in two functions."""
+    return loss_fn if outputs_fn is None else OutputsLoss(outputs_fn, loss_fn)
+
+
+def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: Weight) -> Weighed:
+    """The loss of one micro-batch times its weight in the effective batch.
 
     Raises:
-        TypeError: ``loss_fn`` returned something else than a tensor.
-        ValueError: The loss is not one number, or has no graph to go backward through.
+        TypeError: ``loss_fn`` returned something else than a tensor or a mapping of tensors.
+        ValueError: The loss is not one number, has no graph to go backward through, or has a term without
+            a weight.
     """
-    loss = one_number(loss_fn(model, part))
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss has no graph: no parameter that requires a gradient led to it. Do not call .detach(), "
-            ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
-        )
-    loss = loss.reshape(())
-    return loss if weight is None else loss * weight
+    return weighed(loss_fn(model, part), weight)
 
 
-def one_number(loss: object) -> Tensor:
+def weighed(loss: Loss, weight: Weight) -> Weighed:
+    """The same of a loss. A term of weight 0 is left out: a mean over nothing is not a number."""
+    if not isinstance(loss, Mapping):
+        total = _in_a_graph(one_number(loss).reshape(()))
+        if isinstance(weight, Mapping):
+            raise ValueError("count= names terms, and loss_fn returned one tensor: give one count for it")
+        return Weighed(total if weight is None else total * weight, {})
+    terms = {name: one_number(term, f"loss_fn's term {name!r}").reshape(()) for name, term in loss.items()}
+    if not terms:
+        raise ValueError("loss_fn returned a mapping without any term: return {'name': scalar tensor, ...}")
+    if weight is not None:
+        weights = _weight_of_each(terms, weight)
+        terms = {name: term * weights[name] for name, term in terms.items() if weights[name]}
+    first, *others = terms.values()
+    return Weighed(_in_a_graph(sum(others, first)), {name: alone(term) for name, term in terms.items()})
+
+
+def _weight_of_each(terms: Mapping[str, Tensor], weight: float | Mapping[str, float]) -> Mapping[str, float]:
+    """The weight of each term."""
+    if not isinstance(weight, Mapping):
+        return dict.fromkeys(terms, weight)
+    for name in terms:
+        if name not in weight:
+            raise ValueError(
+                f"loss_fn returned the term {name!r}, and count= has none for it (it names "
+                f"{', '.join(map(repr, weight))}): give count={{{name!r}: ...}} too"
+            )
+    return weight
+
+
+def one_number(loss: object, who: str = "loss_fn") -> Tensor:
     """The loss, if it is a tensor that holds one number.
 
     Raises:
         TypeError: It is something else than a tensor.
         ValueError: It holds more or fewer numbers.
     """
+    returned = "loss_fn returned" if who == "loss_fn" else f"{who} is"
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"loss_fn returned a {type(loss).__name__}, not a tensor: return the scalar loss itself "
+            f"{returned} a {type(loss).__name__}, not a tensor: return the scalar loss itself "
             "(for a transformers output, output.loss)"
         )
     if loss.numel() != 1 or loss.dim() > 1:
         raise ValueError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not one number: reduce it with .mean() "
+            f"{returned} a tensor of shape {tuple(loss.shape)}, not one number: reduce it with .mean() "
             "or .sum()"
+        )
+    return loss
+
+
+def alone(loss: Tensor) -> Tensor:
+    """A number without graph, in a storage of its own: that of ``mse_loss`` is as large as its data."""
+    loss = loss.detach()
+    return loss if loss.untyped_storage().nbytes() == loss.element_size() else loss.clone()
+
+
+def _in_a_graph(loss: Tensor) -> Tensor:
+    """The loss, if a gradient can be taken of it."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no graph: no parameter that requires a gradient led to it. Do not call .detach(), "
+            ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
         )
     return loss

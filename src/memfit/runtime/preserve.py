@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 class RandomStreams:
     """The states of all default generators: torch on each device, Python, NumPy."""
 
-    cpu: Tensor
+    cpu: NDArray[np.uint8]  # not a tensor: it would count as memory of the step
     cuda: tuple[Tensor, ...]
     python: Any
     numpy: Any
@@ -26,11 +27,13 @@ class RandomStreams:
     def now() -> RandomStreams:
         """The present states."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return RandomStreams(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+        return RandomStreams(
+            torch.get_rng_state().numpy().copy(), cuda, random.getstate(), np.random.get_state()
+        )
 
     def restore(self) -> None:
         """Puts the states back."""
-        torch.set_rng_state(self.cpu)
+        torch.set_rng_state(torch.from_numpy(self.cpu))
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
         random.setstate(self.python)
@@ -47,12 +50,25 @@ def same_random_streams() -> Iterator[None]:
         streams.restore()
 
 
+class Buffers:
+    """What the buffers of a model hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Puts it back, in the same tensors."""
+        with torch.no_grad():
+            for buffer, content in self._contents:
+                buffer.copy_(content)
+
+
 class Snapshot:
     """Random streams, buffers and gradients of a model, to run a step again from its start."""
 
     def __init__(self, model: nn.Module) -> None:
         self._streams = RandomStreams.now()
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._buffers = Buffers(model)
         self._gradients = [
             (p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
         ]
@@ -60,9 +76,8 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back, in the same tensors."""
         self._streams.restore()
+        self._buffers.restore()
         with torch.no_grad():
-            for buffer, content in self._buffers:
-                buffer.copy_(content)
             for parameter, gradient, values in self._gradients:
                 parameter.grad = gradient
                 if gradient is not None and values is not None:

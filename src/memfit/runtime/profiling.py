@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +25,10 @@ from torch import nn
 from memfit.core.allocator import MIN_BLOCK_BYTES
 from memfit.core.batching import candidate_part_counts, parts_for
 from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes, with_overhead
+from memfit.core.costs import measured as measured_costs
 from memfit.core.devices import Device, device_named
-from memfit.core.graph import Profile, Residents, StepGraph, in_blocks
+from memfit.core.graph import EMPTY_GRAPH, Profile, Residents, StepGraph, in_blocks
+from memfit.core.timeline import run
 from memfit.errors import UnsupportedModel
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
@@ -33,29 +36,31 @@ from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, check_model, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
-from memfit.runtime.micro import LossFn
+from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
-from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
+from memfit.runtime.sizes import fakes_agree, record_loss_of_all, record_scaled, record_sizes, residents_of
 from memfit.runtime.update import Update, with_real_costs
 
 _log = logging.getLogger("memfit")
 
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _FEW_NUMBERS_BYTES = 64  # the running loss while the next micro-batch runs, numbers an optimizer counts by
+_SMALL_BYTES = 1 << 30  # may be taken to measure a loss where no limit is known
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
 
 def profile(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: LossFn | Callable[[Any, Any], Loss],
     batch: Any,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
     limit_bytes: int | None = None,
     device: str | Device | None = None,
+    outputs_fn: OutputsFn | None = None,
 ) -> Profile:
     """What one step of the effective batch does, at every micro-batch size worth considering.
 
@@ -68,23 +73,37 @@ def profile(
         limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
         device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
             allocator rounds them. Default: the speeds of a large accelerator.
+        outputs_fn: ``outputs_fn(model, batch)``; then it is ``loss_fn(outputs, batch)``, and several
+            micro-batches are run in two passes, as a loss that couples the rows needs.
 
     Raises:
         ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable, or no
             device is called so.
-        InexactAccumulation: The rows of the batch do not agree.
+        InexactAccumulation: The rows of the batch do not agree, or outputs have none.
         UnsupportedModel: Parameters on several devices.
     """
-    place = check_model(model)
+    loss = whole_loss(loss_fn, outputs_fn)
+    job = Job(model, loss, batch, optimizer, is_two_pass=outputs_fn is not None)
+    return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
+
+
+def profile_job(
+    job: Job,
+    *,
+    micro_batch_size: int | None = None,
+    limit_bytes: int | None = None,
+    device: str | Device | None = None,
+) -> Profile:
+    """The same of a job."""
+    place = check_model(job.model)
     card = device_named(device) if isinstance(device, str) else device
-    rows = rows_of(batch)
-    job = Job(model, loss_fn, batch, optimizer)
+    rows = rows_of(job.batch)
     counts = _counts(rows, micro_batch_size)
-    real = not any(is_fake(p) for p in model.parameters())
-    compiled = compiled_part(model)
+    real = not any(is_fake(p) for p in job.model.parameters())
+    compiled = compiled_part(job.model)
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
-    graphs, residents, update, points = _recorded(job, place, counts, card, limit_bytes)
+    graphs, residents, update, points, loss_of_all = _recorded(job, place, counts, card, limit_bytes)
     alignment_bytes = _alignment_bytes(place, None if real else card)
     is_asynchronous = place.type == "cuda" or not real
     return Profile(
@@ -98,17 +117,19 @@ def profile(
         unexplained_bytes=_unexplained_bytes(job, place),
         source=_source(points, card),
         basis=basis_of(job),
+        loss_of_all=loss_of_all,
     )
 
 
 def _recorded(
     job: Job, place: torch.device, counts: tuple[int, ...], card: Device | None, limit_bytes: int | None
-) -> tuple[list[StepGraph], Residents, Update, tuple[Measured, Measured] | None]:
+) -> _Recorded:
     """The step at every size and its update, with what was measured, if anything was."""
     model, rows = job.model, rows_of(job.batch)
-    points = top = None
+    points: tuple[Measured, Measured] | None = None
+    more: list[Measured] = []
     with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
-        recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
+        recordings, residents, update, loss, by_fakes = record_sizes(job, rows, counts, card)
         if not any(is_fake(p) for p in model.parameters()):
             with contents_of(model):
                 points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
@@ -118,23 +139,56 @@ def _recorded(
             free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
             if points is not None and by_fakes:
                 most_rows = max(recording.graph.rows for recording in recordings)
-                top = temporaries_at(job, place, points[1], most_rows, free_bytes)
+                # One row is a size of its own (what is contiguous there) and tells nothing of others.
+                sizes = {2, 4, most_rows} if points[1].rows == 1 else {most_rows}
+                found = [temporaries_at(job, place, points[1], size, free_bytes) for size in sorted(sizes)]
+                more = [point for point in found if point is not None]
             if job.optimizer is not None:
                 update = with_real_costs(update, job.optimizer, free_bytes)
-    return _priced(recordings, points, top, by_fakes), residents, update, points
+            if loss is not None and by_fakes:
+                loss = _measured_loss(job, loss, free_bytes)
+    graphs = _priced(recordings, points, more, by_fakes)
+    return _Recorded(graphs, residents, update, points, _own_costs(loss))
+
+
+def _measured_loss(job: Job, loss: Recording, free_bytes: int | None) -> Recording:
+    """The loss between two passes with real costs, where it fits; it has one size, that of the batch."""
+    most_bytes = _SMALL_BYTES if free_bytes is None else free_bytes
+    if any(is_fake(p) for p in job.model.parameters()) or run(loss.graph).peak.total_bytes > most_bytes:
+        return loss
+    with contents_of(job.model):
+        return record_loss_of_all(job) or loss
+
+
+def _own_costs(recording: Recording | None) -> StepGraph:
+    """A recorded graph with what its own ops took."""
+    if recording is None:
+        return EMPTY_GRAPH
+    took = measured_costs(recording.graph, recording.signatures, recording.peaks)
+    return with_costs(recording.graph, took, took)
+
+
+class _Recorded(NamedTuple):
+    """The step at every size, its update, what was measured, and what runs between two passes."""
+
+    graphs: list[StepGraph]
+    residents: Residents
+    update: Update
+    points: tuple[Measured, Measured] | None
+    loss_of_all: StepGraph
 
 
 def _priced(
     recordings: list[Recording],
     points: tuple[Measured, Measured] | None,
-    top: Measured | None,
+    more: list[Measured],
     by_fakes: bool,
 ) -> list[StepGraph]:
     """The recorded graphs with what was measured; a scaled one also with the bytes its ops really made."""
     graphs = [recording.graph for recording in recordings]
     if points is None:
         return graphs
-    graphs = [with_costs(graph, *points, top) for graph in graphs]
+    graphs = [with_costs(graph, *points, more) for graph in graphs]
     return graphs if by_fakes else [with_made_bytes(graph, *points) for graph in graphs]
 
 
@@ -167,7 +221,7 @@ def _source(points: tuple[Measured, Measured] | None, card: Device | None) -> st
 def _opaque(
     job: Job, place: torch.device, counts: tuple[int, ...], part: str, limit_bytes: int | None
 ) -> Profile:
-    """The profile of a model that hides its ops; says so."""
+    """The profile of a model that hides its ops; says so. Two passes are not tried with one."""
     if any(is_fake(p) for p in job.model.parameters()):
         raise UnsupportedModel(
             f"{part} is compiled by torch.compile, which hides its ops, and the model has no data to run: "
@@ -183,6 +237,7 @@ def _opaque(
         residents, update = residents_of(job)
         free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
         with contents_of(job.model):
+            counts = (1,) if job.is_two_pass else counts
             graphs = record_opaque(job, place, counts, free_bytes=free_bytes)
     return Profile(
         rows=rows_of(job.batch),

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,13 @@ class Recording(NamedTuple):
     graph: StepGraph
     signatures: tuple[tuple[object, ...], ...]
     peaks: tuple[int | None, ...]
+
+
+class Differentiable(Protocol):
+    """What a forward leaves."""
+
+    def backward(self) -> None:
+        """Adds the gradients to the leaves."""
 
 
 class _Saved:
@@ -342,7 +349,7 @@ def _passing_through(recorder: Recorder) -> Iterator[None]:
 
 def record(
     model: nn.Module,
-    forward: Callable[[], Tensor],
+    forward: Callable[[], Differentiable],
     externals: Iterable[Tensor],
     probe: Probe,
     *,
@@ -353,7 +360,7 @@ def record(
     """Runs forward and backward once and returns what happened.
 
     Args:
-        forward: Computes the scalar loss of one micro-batch, in a graph.
+        forward: Computes the loss of one micro-batch, in a graph, and what else lives through the backward.
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,14 +15,15 @@ from memfit.core.costs import Measured, forward_bytes, scaled
 from memfit.core.devices import Device, Roofline
 from memfit.core.graph import Residents
 from memfit.errors import MemfitError, UnsupportedModel
-from memfit.runtime.batch import tensors_of
+from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.card import CardKernels
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.preserve import contents_of
-from memfit.runtime.probe import RooflineProbe, probe_for
-from memfit.runtime.record import Recording
+from memfit.runtime.probe import Probe, RooflineProbe, probe_for
+from memfit.runtime.record import Recording, record
+from memfit.runtime.rehearse import loss_between, outputs_of_all, refuse_other_shapes
 from memfit.runtime.update import Update, record_optimizer
 
 _log = logging.getLogger("memfit")
@@ -30,13 +32,21 @@ _FEW_ROWS = 4
 _USERS_FAULTS = (TypeError, ValueError, MemfitError)
 
 
-def record_sizes(
-    job: Job, rows: int, counts: tuple[int, ...], card: Device | None
-) -> tuple[list[Recording], Residents, Update, bool]:
-    """Every size on fake tensors (then the last is true), or really at few rows where fakes do not do."""
+class Sizes(NamedTuple):
+    """A step at every micro-batch size; ``loss_of_all`` is what runs between two passes, if there are two."""
+
+    recordings: list[Recording]
+    residents: Residents
+    update: Update
+    loss_of_all: Recording | None
+    by_fakes: bool
+
+
+def record_sizes(job: Job, rows: int, counts: tuple[int, ...], card: Device | None) -> Sizes:
+    """Every size on fake tensors, or really at few rows where fakes do not do."""
     try:
         with _quiet_fakes():
-            return *_record_fakes(job, rows, counts, card), True
+            return _record_fakes(job, rows, counts, card)
     except _USERS_FAULTS:
         raise
     except Exception as error:
@@ -54,12 +64,10 @@ def record_sizes(
             ) from error
         _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
         with contents_of(job.model):
-            return *_record_really(job, rows, counts), False
+            return _record_really(job, rows, counts)
 
 
-def _record_fakes(
-    job: Job, rows: int, counts: tuple[int, ...], card: Device | None
-) -> tuple[list[Recording], Residents, Update]:
+def _record_fakes(job: Job, rows: int, counts: tuple[int, ...], card: Device | None) -> Sizes:
     """Records every size at once, without memory."""
     device = Roofline() if card is None else card.roofline
     faker = Faker(mode_for(job.model))
@@ -68,7 +76,52 @@ def _record_fakes(
         batch = faker.batch(job.batch)
         with nullcontext() if card is None else CardKernels():
             recordings = _record_counts(job, batch, rows, counts, device)
-        return recordings, *_resident_and_update(job, batch, faker, card)
+            between = _record_between(job, batch, batch, RooflineProbe(device))
+        return _sizes(recordings, between, _resident_and_update(job, batch, faker, card), by_fakes=True)
+
+
+class _Between(NamedTuple):
+    """What runs between two passes, and the bytes that are held through the second one."""
+
+    loss_of_all: Recording
+    held_bytes: int
+
+
+def _record_between(job: Job, batch: Any, known: Any, probe: Probe) -> _Between | None:
+    """Records the loss of all outputs, if there are two passes.
+
+    Args:
+        known: The batch or some of its rows, from whose outputs those of all are made up.
+
+    Raises:
+        InexactAccumulation: The outputs of micro-batches cannot be joined.
+    """
+    if not job.is_two_pass:
+        return None
+    like = outputs_of_all(job.model, job.loss_fn, known, rows_of(batch))
+    refuse_other_shapes(like, outputs_of_all(job.model, job.loss_fn, first_rows(known, rows_of(known), 1), 1))
+    held_bytes = sum(t.nbytes for _, t in tensors_of(like)) + sum(b.nbytes for b in job.model.buffers())
+    prepare_gradients(job.model, resident=False)
+    externals = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(batch))]
+    forward = loss_between(job.model, job.loss_fn, batch, like)
+    del like
+    run = record(job.model, forward, externals, probe, rows=rows_of(batch), gradients_resident=False)
+    return _Between(run, held_bytes)
+
+
+def _sizes(
+    recordings: list[Recording], between: _Between | None, others: tuple[Residents, Update], *, by_fakes: bool
+) -> Sizes:
+    """The recordings; those of a second pass know what is held beside them."""
+    if between is None:
+        return Sizes(recordings, *others, None, by_fakes)
+    held = [
+        run._replace(graph=replace(run.graph, held_bytes=between.held_bytes))
+        if run.graph.gradients_resident
+        else run
+        for run in recordings
+    ]
+    return Sizes(held, *others, between.loss_of_all, by_fakes)
 
 
 def _record_counts(
@@ -104,11 +157,25 @@ def _record_counts(
     return [found[count] for count in counts if count in found]
 
 
-def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> tuple[list[Recording], Residents, Update]:
+def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> Sizes:
     """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
     recordings = record_scaled(job, rows, counts)
-    residents, update = residents_of(job)
-    return recordings, residents, update
+    return _sizes(recordings, _record_between_really(job), residents_of(job), by_fakes=False)
+
+
+def record_loss_of_all(job: Job) -> Recording | None:
+    """Records the loss of all outputs really, on made-up ones; None where there are no two passes."""
+    between = _record_between_really(job)
+    return None if between is None else between.loss_of_all
+
+
+def _record_between_really(job: Job) -> _Between | None:
+    """Records what runs between two passes really."""
+    place, rows = next(job.model.parameters()).device, rows_of(job.batch)
+    known = first_rows(job.batch, rows, min(_FEW_ROWS, rows))
+    between = _record_between(job, job.batch, known, probe_for(place)())
+    prepare_gradients(job.model, resident=False)
+    return between
 
 
 def residents_of(job: Job) -> tuple[Residents, Update]:

@@ -87,6 +87,7 @@ class Step:
         plan: The plan in use.
         profile: What it was made from.
         verdict: The last measurement, None before the first step.
+        terms: Of the last batch, where the loss is a mapping of terms: each one's part of it, detached.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Step:
         self.plan = plan
         self.profile = profile
         self.verdict: Verdict | None = None
+        self.terms: dict[str, Tensor] = {}
         self._model = accumulation.model
         self._accumulation = accumulation
         self._optimizer = optimizer
@@ -147,7 +149,9 @@ class Step:
 
     def _run(self, batch: Any) -> Tensor:
         """The batch under the plan."""
-        return self._accumulation.run(batch, self.plan.micro_batch_size, self._decisions)
+        loss = self._accumulation.run(batch, self.plan.micro_batch_size, self._decisions)
+        self.terms = loss.terms
+        return loss.total
 
     # ---- the promise --------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class Twin:
             with ExitStack() as stack:
                 for context in self._contexts(sites, span):
                     stack.enter_context(context)
-                loss = weighted_loss(self.model, self._loss_fn, self._part(span), None)
+                loss = weighted_loss(self.model, self._loss_fn, self._part(span), None).total
                 gradients = self._backward(loss)
         except _Reentrant:
             self._plain_backward = True

@@ -30,7 +30,7 @@ from torch.optim import optimizer as _optimizer
 
 from memfit.core.costs import costs_alike, with_costs_alike
 from memfit.core.devices import Roofline
-from memfit.core.graph import NO_UPDATE, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
+from memfit.core.graph import EMPTY_GRAPH, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
 from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
@@ -49,8 +49,8 @@ _READ = torch.ops.aten._local_scalar_dense.default
 class Update(NamedTuple):
     """The first ``optimizer.step()``, in which the state is born, every later one, and all of that state."""
 
-    first: Recording = Recording(NO_UPDATE, (), ())
-    later: Recording = Recording(NO_UPDATE, (), ())
+    first: Recording = Recording(EMPTY_GRAPH, (), ())
+    later: Recording = Recording(EMPTY_GRAPH, (), ())
     state_bytes: int = 0
 
 
@@ -218,7 +218,7 @@ def _as_on_device(group: dict[str, Any], for_cuda: bool) -> dict[str, Any]:
 def _assumed(name: str, parameters_bytes: int) -> Update:
     """Two states and a copy of the parameters."""
     op = Op(OpKey("", name, 0), temporary_bytes=parameters_bytes)
-    later = replace(NO_UPDATE, ops=(op,), log=(LogEntry(LogKind.OP, 0),))
+    later = replace(EMPTY_GRAPH, ops=(op,), log=(LogEntry(LogKind.OP, 0),))
     state = Storage(2 * parameters_bytes, persists=True)
     first = replace(later, ops=(replace(op, allocates=(0,)),), storages=(state,))
     return Update(_unlike(first), _unlike(later), 2 * parameters_bytes)

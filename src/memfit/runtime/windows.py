@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import is_plain, tensors_of
-from memfit.runtime.count import NAMED, one, weights
+from memfit.runtime.count import NAMED, one, shares
 
 Batch = TypeVar("Batch")
 Units = Callable[[Any], float | Tensor]  # how many counted units a micro-batch holds
@@ -119,10 +119,8 @@ class Windows(Generic[Batch]):
                 f"count gave {total:g} for a whole window ({numbers} of the loader), so its mean loss is not "
                 "defined: leave out micro-batches without a valid label, or accumulate more of them"
             )
-        shares = counts if self._counter is one else weights(float, counts)
-        kept = [
-            (fetched.micro_batch, share) for fetched, share in zip(held, shares, strict=True) if share > 0
-        ]
+        found = counts if self._counter is one else shares(float, counts)
+        kept = [(fetched.micro_batch, share) for fetched, share in zip(held, found, strict=True) if share > 0]
         return Window(
             micro_batches=tuple(micro_batch for micro_batch, _ in kept),
             weights=tuple(share for _, share in kept),
