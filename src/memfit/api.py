@@ -101,6 +101,8 @@ def fit(
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
     pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
+    if count == "coupled" and outputs_fn is None:
+        raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on the outputs of all rows")
     loss = whole_loss(loss_fn, outputs_fn)
     job = Job(model, loss, batch, optimizer)
     counter = None

@@ -70,12 +70,21 @@ def outputs_of_all(model: nn.Module, loss_fn: LossFn, batch: Any, rows: int) -> 
     assert isinstance(loss_fn, OutputsLoss)
     found = rows_of(batch)
     outputs = outputs_without_graph(model, loss_fn, batch)
-    for path, tensor in tensors_of(outputs):
-        if not tensor.dim() or len(tensor) != found:
-            _refuse_output(path, tuple(tensor.shape), found)
+    refuse_no_rows(outputs, found)
     if rows == found:
         return outputs
     return map_tensors(outputs, lambda t: _made_up(t, (rows, *t.shape[1:])))
+
+
+def refuse_no_rows(outputs: Any, rows: int) -> None:
+    """Refuses outputs of which one has no row for each row of the batch.
+
+    Raises:
+        InexactAccumulation: There is one, and it is named.
+    """
+    for path, tensor in tensors_of(outputs):
+        if not tensor.dim() or len(tensor) != rows:
+            _refuse_output(path, tuple(tensor.shape), rows)
 
 
 def refuse_other_shapes(whole: Any, part: Any) -> None:

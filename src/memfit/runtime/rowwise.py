@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from memfit.core.audit import Audit, Kind
 from memfit.runtime.audit import audit_job
-from memfit.runtime.batch import tensors_of
+from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.job import Job
 from memfit.runtime.micro import OutputsFn, OutputsLoss
 from memfit.runtime.passes import is_differentiable
+from memfit.runtime.rehearse import refuse_no_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,9 @@ class SumOverRows:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """One number."""
-        found = [t for _, t in tensors_of(self.outputs_fn(model, batch)) if is_differentiable(t)]
+        outputs = self.outputs_fn(model, batch)
+        refuse_no_rows(outputs, rows_of(batch))
+        found = [t for _, t in tensors_of(outputs) if is_differentiable(t)]
         terms = [_generic(tensor, number) for number, tensor in enumerate(found)]
         return sum(terms[1:], terms[0])
 
