@@ -24,7 +24,7 @@ from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.count import Counter, counter_for
-from memfit.runtime.job import Job, check_model
+from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import LossFn
 from memfit.runtime.profiling import profile
@@ -62,10 +62,11 @@ def fit(
     batch: Any,
     *,
     memory: str | int | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     micro_batch_size: int | None = None,
     count: str | Counter = "auto",
     profile: Profile | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
     """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
 
@@ -75,7 +76,7 @@ def fit(
         batch: An example of the effective batch; its tensors share the first dimension.
         memory: ``"8GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
             it may be left out: what is free.
-        optimizer: Counts its state and its step into the peak.
+        optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Pins the micro-batch instead of choosing it.
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
@@ -83,6 +84,8 @@ def fit(
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
+        scaler: Its scale multiplies the gradients of all micro-batches alike, as ``scaler.scale(loss)`` does,
+            and not the loss that is returned. Unscale, clip, step and update it once a step, as ever.
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
@@ -95,10 +98,10 @@ def fit(
     rows = rows_of(batch)
     pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
     counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
-    owner = _needs_whole(model, counter)
+    owner = _needs_whole(counter)
     _refuse_parts(owner, rows, micro_batch_size)
     whole_only = owner is not None and micro_batch_size is None
-    job = Job(model, loss_fn, batch, optimizer)
+    job = Job(model, loss_fn, batch, each_optimizer(optimizer) or None)
     size = rows if whole_only else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
@@ -112,7 +115,7 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss_fn, counter)
+    accumulation = Accumulation(model, loss_fn, counter, scaler)
     return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
 
 
@@ -172,12 +175,9 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
     )
 
 
-def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:
+def _needs_whole(counter: Counter | None) -> str | None:
     """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
-    if counter is None:
-        return "no known weights make the losses of parts add up to the loss of the batch"
-    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
-    return None if hooked is None else f"'{hooked}' has a gradient hook, which must see the final gradient"
+    return None if counter else "no known weights make the losses of parts add up to the loss of the batch"
 
 
 def _budget_bytes(memory: str | int | None, place: torch.device) -> int:

@@ -6,13 +6,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import parts_for
 from memfit.errors import InexactAccumulation
-from memfit.runtime.batch import rows_of, split
+from memfit.runtime.batch import refuse_graphs, rows_of, split, tensors_of
 from memfit.runtime.count import Counter, weights
-from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.hooks import hooks_at_the_end
+from memfit.runtime.micro import LossFn, backward, refuse_no_gradients, weighted_loss
 from memfit.runtime.replay import Decisions, Replayer
 
 
@@ -22,14 +24,17 @@ class Accumulation:
 
     Attributes:
         counter: What each part is weighted by; None: the batch must stay whole.
+        scaler: Its scale multiplies every gradient, and not the loss that is returned.
     """
 
     model: nn.Module
     loss_fn: LossFn
     counter: Counter | None
+    scaler: torch.amp.GradScaler | None = None
 
     def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Tensor:
         """The loss of the whole batch, detached; its gradient is added to ``.grad``."""
+        refuse_no_gradients()
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
             return self._run_part(parts[0], None, decisions)
@@ -39,8 +44,14 @@ class Accumulation:
                 "because no exact way to split it is known: fit again with a batch as large, or give count=",
                 owner="loss_fn",
             )
+        refuse_graphs(batch)
+        with hooks_at_the_end([*self.model.named_parameters(), *tensors_of(batch)]):
+            return self._run_parts(parts, weights(self.counter, parts), decisions)
+
+    def _run_parts(self, parts: list[Any], part_weights: list[float], decisions: Decisions) -> Tensor:
+        """Adds up the micro-batches."""
         total: Tensor | None = None
-        for part, weight in zip(parts, weights(self.counter, parts), strict=True):
+        for part, weight in zip(parts, part_weights, strict=True):
             if weight == 0:  # no valid label: its mean is not a number, its share is nothing
                 continue
             loss = self._run_part(part, weight, decisions)
@@ -59,7 +70,7 @@ class Accumulation:
         """Forward under the plan, then backward. Without a plan no mode is entered."""
         with Replayer(self.model, decisions) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
-        loss.backward()
+        backward(loss, self.scaler)
         return _alone(loss.detach())
 
 

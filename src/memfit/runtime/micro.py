@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -17,6 +19,7 @@ def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | 
         TypeError: ``loss_fn`` returned something else than a tensor.
         ValueError: The loss is not one number, or has no graph to go backward through.
     """
+    torch.clear_autocast_cache()  # an autocast around the step would hold the casts of the last micro-batch
     loss = one_number(loss_fn(model, part))
     if not loss.requires_grad:
         raise ValueError(
@@ -45,3 +48,43 @@ def one_number(loss: object) -> Tensor:
             "or .sum()"
         )
     return loss
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Goes backward, outside of any autocast: each op then runs in the type that its forward chose.
+
+    Args:
+        scaler: Its scale is the gradient to begin with, as after ``scaler.scale(loss).backward()``.
+    """
+    with _no_autocast():
+        start = None if scaler is None else scaler.scale(torch.ones_like(loss)).to(loss.dtype)
+        loss.backward(start)
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Autocast around the caller is off in the body."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+
+
+def refuse_no_gradients() -> None:
+    """Refuses a step where autograd is off.
+
+    Raises:
+        ValueError: Inside ``torch.no_grad()`` or ``torch.inference_mode()``.
+    """
+    for is_off, where in (
+        (torch.is_inference_mode_enabled(), "torch.inference_mode()"),
+        (not torch.is_grad_enabled(), "torch.no_grad()"),
+    ):
+        if is_off:
+            raise ValueError(
+                f"step was called inside {where}, which lets no gradient be made: call it outside"
+            )

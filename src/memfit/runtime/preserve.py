@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +48,18 @@ def same_random_streams() -> Iterator[None]:
 
 
 class Snapshot:
-    """Random streams, buffers and gradients of a model, to run a step again from its start."""
+    """Random streams, buffers and gradients of a model, to run a step again from its start.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        others: Tensors that get gradients too, such as inputs.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
         self._streams = RandomStreams.now()
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         self._gradients = [
-            (p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
+            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+            for p in (*model.parameters(), *others)
         ]
 
     def restore(self) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +30,10 @@ from memfit.core.devices import Device, device_named
 from memfit.core.graph import Profile, Residents, StepGraph, in_blocks
 from memfit.errors import UnsupportedModel
 from memfit.runtime.basis import basis_of
-from memfit.runtime.batch import rows_of, tensors_of
+from memfit.runtime.batch import detached, rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
-from memfit.runtime.job import Job, check_model, optimizer_state
+from memfit.runtime.hooks import silenced
+from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import LossFn
@@ -52,7 +55,7 @@ def profile(
     loss_fn: LossFn,
     batch: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     micro_batch_size: int | None = None,
     limit_bytes: int | None = None,
     device: str | Device | None = None,
@@ -63,7 +66,7 @@ def profile(
         model: Real, fake or on ``meta``; on one device.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``.
         batch: The effective batch; its tensors share the first dimension, the rows.
-        optimizer: Counts its state and its step into the peak.
+        optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Only this size.
         limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
         device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
@@ -78,7 +81,7 @@ def profile(
     place = check_model(model)
     card = device_named(device) if isinstance(device, str) else device
     rows = rows_of(batch)
-    job = Job(model, loss_fn, batch, optimizer)
+    job = Job(model, loss_fn, detached(batch), each_optimizer(optimizer) or None)
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in model.parameters())
     compiled = compiled_part(model)
@@ -107,7 +110,7 @@ def _recorded(
     """The step at every size and its update, with what was measured, if anything was."""
     model, rows = job.model, rows_of(job.batch)
     points = top = None
-    with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
+    with _unseen(model):
         recordings, residents, update, by_fakes = record_sizes(job, rows, counts, card)
         if not any(is_fake(p) for p in model.parameters()):
             with contents_of(model):
@@ -122,6 +125,19 @@ def _recorded(
             if job.optimizer is not None:
                 update = with_real_costs(update, job.optimizer, free_bytes)
     return _priced(recordings, points, top, by_fakes), residents, update, points
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Iterator[None]:
+    """Steps in the body leave no trace, and no gradient hook sees them. See Note [Profiling] 4."""
+    with (
+        same_random_streams(),
+        untouched(model),
+        no_gradients(model),
+        torch.enable_grad(),
+        silenced(model.parameters()),
+    ):
+        yield
 
 
 def _priced(
@@ -179,7 +195,7 @@ def _opaque(
         "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor",
         stacklevel=4,
     )
-    with same_random_streams(), untouched(job.model), no_gradients(job.model), torch.enable_grad():
+    with _unseen(job.model):
         residents, update = residents_of(job)
         free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
         with contents_of(job.model):
@@ -216,10 +232,12 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
     """What no recording shows: a few numbers; on CUDA cuBLAS's workspaces and others' tensors."""
+    hooked_bytes = max((p.nbytes for p in job.model.parameters() if p._backward_hooks), default=0)
+    few_bytes = _FEW_NUMBERS_BYTES + hooked_bytes  # what the hook of a gradient makes of it
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return _FEW_NUMBERS_BYTES
+        return few_bytes
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = in_blocks(resident_sizes(t for t in known if t.device == place), MIN_BLOCK_BYTES)
-    return max(0, torch.cuda.memory_allocated(place) - on_device) + _FEW_NUMBERS_BYTES
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + few_bytes

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
+from memfit.runtime.micro import backward
 from memfit.runtime.opinfo import (
     OpInfo,
     declared_writes,
@@ -369,7 +370,7 @@ def record(
             forward_ops = len(recorder.ops)
             recorder.is_forward = False
             with recorder:
-                loss.backward()
+                backward(loss)
             del loss
     recorder.forget()
     return _finish(recorder, probe, rows, forward_ops, gradients_resident)
