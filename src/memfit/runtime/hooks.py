@@ -5,9 +5,10 @@ Note [Hooks]
     must not see the gradients of parts. While micro-batches run, each hook has a stand-in that does nothing,
     at its own place in the table: ``handle.remove()`` works meanwhile, and the order stays.
  2. Hooks are to see what this batch alone has given: former gradients are put aside, and added to.
- 3. Then they run in a small backward that hands each tensor its sum. So autograd itself runs them, in the
-    order in which they were registered, and those of ``register_multi_grad_hook`` too, which ask for the
-    backward they are in. It hands over its only reference, so ``.grad`` takes the sum and copies nothing.
+ 3. Then they run in a small backward that hands each tensor its sum, in the order in which the gradients
+    came before. So autograd itself runs them, each tensor's in the order in which they were registered, and
+    those of ``register_multi_grad_hook`` too, which ask for the backward they are in. It hands over its
+    only reference, so ``.grad`` takes the sum and copies nothing.
  4. A hook that the forward registers would be there once a micro-batch, and is refused. What is hung on
     autograd's nodes (``AccumulateGrad``) cannot be seen from Python and sees every micro-batch.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
         leaf.grad = None
     sums: list[Tensor | None] = []
     try:
-        with silenced(hooked):
+        with silenced(hooked) as order:
             yield
         sums = [leaf.grad for leaf in hooked]
     finally:
@@ -56,18 +58,27 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
     del former
     for name, leaf in leaves:
         _refuse_new_hooks(name, set(leaf._backward_hooks or ()) - known[name])
-    _hand_over(hooked, sums)
+    given = [(hooked[i], gradient) for i in order if (gradient := sums[i]) is not None]
+    sums.clear()
+    _hand_over(given)
 
 
 @contextmanager
-def silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """The gradient hooks of tensors do nothing in the body; those it removes stay removed."""
-    tables: list[_Hooks] = [t._backward_hooks for t in tensors if t._backward_hooks]
-    before = [dict(table) for table in tables]
-    for table in tables:
-        table.update(dict.fromkeys(table, _does_nothing))
+def silenced(tensors: Iterable[Tensor]) -> Iterator[dict[int, None]]:
+    """The gradient hooks of tensors do nothing in the body; those it removes stay removed.
+
+    The value has the numbers of the tensors that got a gradient, in that order.
+    """
+    order: dict[int, None] = {}
+    tables: list[_Hooks] = []
+    before: list[_Hooks] = []
+    for number, tensor in enumerate(tensors):
+        if tensor._backward_hooks:
+            tables.append(tensor._backward_hooks)
+            before.append(dict(tables[-1]))
+            tables[-1].update(dict.fromkeys(tables[-1], partial(_notes, order, number)))
     try:
-        yield
+        yield order
     finally:
         for table, hooks in zip(tables, before, strict=True):
             table.update({key: hook for key, hook in hooks.items() if key in table})
@@ -94,35 +105,33 @@ def _refuse_new_hooks(name: str, new: set[int]) -> None:
         )
 
 
-def _hand_over(leaves: list[Tensor], sums: list[Tensor | None]) -> None:
-    """Adds gradients to those of leaves as a backward would, hooks included."""
-    given = [(leaf, gradient) for leaf, gradient in zip(leaves, sums, strict=True) if gradient is not None]
-    sums.clear()
-    if given:
-        gradients = [gradient for _, gradient in given]
-        hooked = [leaf for leaf, _ in given]
-        given.clear()
+def _hand_over(given: list[tuple[Tensor, Tensor]]) -> None:
+    """Adds gradients to those of leaves as one backward would, in this order, hooks included."""
+    start: Tensor | None = None
+    while given:
+        leaf, gradient = given.pop()
         with torch.enable_grad():
-            start = _HandOver.apply(gradients, *hooked)  # type: ignore[no-untyped-call]
+            start = _HandOver.apply([gradient], leaf, start)  # type: ignore[no-untyped-call]
+    if start is not None:
+        del leaf, gradient
         backward(start)
 
 
 class _HandOver(Function):
-    """A function of tensors whose gradients are known beforehand."""
+    """A function of a tensor whose gradient is known beforehand, and of another such function."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: list[Tensor], leaf: Tensor, after: Tensor | None) -> Tensor:
         """Any number does."""
-        ctx.gradients = gradients
-        return torch.zeros((), device=tensors[0].device)
+        ctx.gradient, ctx.is_last = gradient, after is None
+        return torch.zeros((), device=leaf.device)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        """The gradients, of which no reference stays."""
-        gradients = (None, *ctx.gradients)
-        ctx.gradients.clear()
-        return gradients
+    def backward(ctx: Any, start: Tensor) -> Any:
+        """The gradient, of which no reference stays. Autograd adds it to ``.grad`` before it goes on."""
+        return None, ctx.gradient.pop(), None if ctx.is_last else start
 
 
-def _does_nothing(_: Tensor) -> None:
+def _notes(order: dict[int, None], number: int, _: Tensor) -> None:
     """Stands in for a hook."""
+    order.setdefault(number)

@@ -88,6 +88,36 @@ def no_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_of_others(loss: Tensor, model: nn.Module) -> Iterator[None]:
+    """The body goes backward from a loss; other leaves than the model's keep their gradients.
+
+    Such as those of the discriminator that the loss of a generator closes over.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    former = [(leaf, leaf.grad) for leaf in _leaves_behind(loss) if id(leaf) not in own]
+    try:
+        yield
+    finally:
+        for leaf, gradient in former:
+            leaf.grad = gradient
+
+
+def _leaves_behind(loss: Tensor) -> list[Tensor]:
+    """The leaves whose gradients a backward would fill."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    pending: list[Any] = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+    return found
+
+
+@contextmanager
 def contents_of(model: nn.Module) -> Iterator[None]:
     """A real run in the body writes to buffers; afterwards they hold what they held."""
     snapshot = Snapshot(model)

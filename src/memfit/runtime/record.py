@@ -51,6 +51,7 @@ from memfit.runtime.opinfo import (
     tensors_in,
     written_statistics,
 )
+from memfit.runtime.preserve import gradients_of_others
 from memfit.runtime.probe import OpCost, Probe
 
 _ADD = torch.ops.aten.add.Tensor
@@ -369,7 +370,7 @@ def record(
             _refuse_writes(model, recorder.changed)
             forward_ops = len(recorder.ops)
             recorder.is_forward = False
-            with recorder:
+            with gradients_of_others(loss, model), recorder:
                 backward(loss)
             del loss
     recorder.forget()
