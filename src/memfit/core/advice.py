@@ -121,13 +121,13 @@ def _smaller_batch(profile: Profile, plan: Plan) -> Iterator[str]:
 
 def _savings(plan: Plan, small: Plan) -> Iterator[str]:
     """What a smaller batch saves, and what that costs a row."""
+    peak_bytes, less_bytes = plan.predicted_peak_bytes, small.predicted_peak_bytes
     row_s, there_s = (each.predicted_step_s / each.rows for each in (plan, small))
-    saved_bytes = plan.predicted_peak_bytes - small.predicted_peak_bytes
-    if saved_bytes >= _NOTABLE * plan.predicted_peak_bytes or there_s <= (1 - _NOTABLE) * row_s:
+    if less_bytes <= (1 - _NOTABLE) * peak_bytes or there_s <= (1 - _NOTABLE) * row_s:
         yield (
             f"an effective batch of {small.rows} rows needs no accumulation: it peaks at "
-            f"{format_bytes(small.predicted_peak_bytes)} instead of {format_bytes(plan.predicted_peak_bytes)} "
-            f"and takes {format_seconds(there_s)} a row instead of {format_seconds(row_s)}"
+            f"{format_bytes(less_bytes)} instead of {format_bytes(peak_bytes)} and takes "
+            f"{format_seconds(there_s)} a row instead of {format_seconds(row_s)}"
         )
 
 
