@@ -265,6 +265,24 @@ def test_the_backward_of_a_step_under_autocast_runs_outside_of_it() -> None:
     assert (forwards, backwards) == ([True] * 3, [False] * 3)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_updated_under_one_autocast_are_cast_anew(size: int) -> None:
+    model, batch = mlp(torch.float32), batch_of(dtype=torch.float32)
+    step = fit(model, size, batch)
+    with bf16():
+        step(batch)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        model.zero_grad()
+        step(batch)
+    mine = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    expected = in_parts(model, batch, size)
+    for gradient, p in zip(mine, expected.parameters(), strict=True):
+        assert torch.equal(gradient, p.grad)  # type: ignore[arg-type]
+
+
 # ---- gradient hooks --------------------------------------------------------------------------------------
 
 
@@ -486,7 +504,7 @@ def test_inputs_get_their_gradients_and_hooks_on_them_see_them_whole(size: int) 
     model, batch = mlp(), batch_of()
     twin, theirs = copy.deepcopy(model), {name: t.clone() for name, t in batch.items()}
     for each in (batch, theirs):
-        each["x"].requires_grad_().register_hook(squares)
+        each["x"].requires_grad_().register_hook(lambda g: g / g.norm())
     step = fit(model, size, batch)
     assert batch["x"].grad is None
     predicted = step.plan.predicted_peak_bytes

@@ -108,6 +108,7 @@ _CURES: dict[Kind, tuple[str, ...]] = {
     ),
     Kind.GRADIENT_HOOK: (
         "remove the hook and change the gradient once, after step(batch) and before optimizer.step()",
+        "leave it if it is a parameter's: a step of memfit.fit runs it once, on the whole gradient",
         _KEEP_WHOLE,
     ),
     Kind.OPTIMIZER: (

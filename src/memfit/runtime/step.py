@@ -115,6 +115,8 @@ class Step:
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
 
+        Gradient hooks of parameters and inputs run once, on the gradient of the whole batch.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
             UnsupportedModel: A hook would see each micro-batch.
