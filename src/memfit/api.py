@@ -100,9 +100,8 @@ def fit(
     counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
     owner = _needs_whole(counter)
     _refuse_parts(owner, rows, micro_batch_size)
-    whole_only = owner is not None and micro_batch_size is None
     job = Job(model, loss_fn, batch, each_optimizer(optimizer) or None)
-    size = rows if whole_only else micro_batch_size
+    size = rows if owner is not None and micro_batch_size is None else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
@@ -115,8 +114,8 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss_fn, counter, scaler)
-    return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
+    run = Accumulation(model, loss_fn, counter, scaler)
+    return Step(run, plan, profile, optimizer=optimizer, find=find)
 
 
 def _planned(
