@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import memfit
 from memfit.core.batching import parts_for
-from memfit.errors import InexactAccumulation, UnsupportedModel
+from memfit.errors import InexactAccumulation, InfeasibleBudget, UnsupportedModel
 from memfit.runtime.batch import split
 from memfit.runtime.hooks import hooks_at_the_end
 from memfit.runtime.job import optimizer_state
@@ -187,6 +187,39 @@ def test_two_steps_before_an_update_add_up_and_gradients_set_to_zero_stay_tensor
     loss_of(twin, second).backward()
     assert_same(model, twin, size)
     assert all(p.grad is gradient for p, gradient in zip(model.parameters(), held, strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_of_it_together_holds_under_a_plan_that_recomputes(size: int) -> None:
+    layers = [layer for _ in range(2) for layer in (nn.Linear(WIDTH, WIDTH), nn.Softplus())]
+    model, batch = nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES)).double(), batch_of()
+    with pytest.raises(InfeasibleBudget) as refused:
+        memfit.fit(model, loss_of, batch, memory=1, micro_batch_size=size, count="rows")
+    twin = copy.deepcopy(model)
+    for net in (model, twin):
+        first(net).register_hook(clips)
+    mine, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, twin)]
+    needed = refused.value.needed_bytes + 2 * first(model).nbytes
+    step = memfit.fit(
+        model, loss_of, batch, memory=needed, micro_batch_size=size, count="rows", scaler=mine,
+        optimizer=optimizers[0],
+    )  # fmt: skip
+    assert step.plan.recomputes > 0
+    for _ in range(2):
+        step(batch)
+        theirs.scale(loss_of(twin, batch)).backward()
+        for net, scaler, optimizer in zip((model, twin), (mine, theirs), optimizers, strict=True):
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        assert_same(model, twin, size)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert_same(model, twin, size, "values")
+    assert step.verdict is not None
+    assert step.verdict.held
 
 
 # ---- autocast --------------------------------------------------------------------------------------------
