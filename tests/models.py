@@ -29,6 +29,7 @@ from memfit.errors import InfeasibleBudget
 from memfit.runtime import count, replay
 from memfit.runtime.batch import split
 from memfit.runtime.meter import PeakMeter, resident_bytes
+from memfit.runtime.micro import Weighed
 from memfit.runtime.probe import RooflineProbe
 from memfit.runtime.record import record
 from memfit.runtime.replay import Replayer, decisions_of
@@ -599,7 +600,7 @@ def recorded(model: nn.Module, loss_fn: LossFn, batch: Any) -> StepGraph:
     tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
     return record(
         model,
-        lambda: loss_fn(model, batch).reshape(()),
+        lambda: Weighed(loss_fn(model, batch).reshape(()), {}),
         [*model.parameters(), *model.buffers(), *tensors],
         RooflineProbe(Roofline()),
         rows=len(tensors[0]),

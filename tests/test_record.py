@@ -18,6 +18,7 @@ from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
 from memfit.runtime.fake import Faker, faked
 from memfit.runtime.meter import PeakMeter
+from memfit.runtime.micro import Weighed
 from memfit.runtime.probe import Probe, RooflineProbe, probe_for
 from memfit.runtime.record import record
 from models import (
@@ -59,7 +60,7 @@ def recording(model: nn.Module, loss_fn: LossFn, batch: Tensor, probe: Probe) ->
     externals = [*model.parameters(), *model.buffers(), batch]
     graph = record(
         model,
-        lambda: loss_fn(model, batch).reshape(()),
+        lambda: Weighed(loss_fn(model, batch).reshape(()), {}),
         externals,
         probe,
         rows=len(batch),
@@ -143,7 +144,7 @@ def test_a_simulated_plain_step_is_never_below_the_measured_one(name: str) -> No
         twin = copy.deepcopy(model)
         seen = record(
             twin,
-            lambda twin=twin: case.loss(twin, batch).reshape(()),  # type: ignore[misc]
+            lambda twin=twin: Weighed(case.loss(twin, batch).reshape(()), {}),  # type: ignore[misc]
             [*twin.parameters(), *twin.buffers(), batch],
             probe_for(torch.device("cpu"))(),
             rows=len(batch),
@@ -339,7 +340,12 @@ def recording_of_fakes(model: nn.Module, loss_fn: LossFn, batch: dict[str, Tenso
         externals = [*model.parameters(), *model.buffers(), *fakes.values()]
         probe = RooflineProbe(Roofline())
         return record(
-            model, lambda: loss_fn(model, fakes), externals, probe, rows=64, gradients_resident=False
+            model,
+            lambda: Weighed(loss_fn(model, fakes), {}),
+            externals,
+            probe,
+            rows=64,
+            gradients_resident=False,
         ).graph
 
 
@@ -351,7 +357,7 @@ def test_a_measured_step_lets_go_of_a_branch_the_loss_does_not_use() -> None:
             externals = [*model.parameters(), batch]
             record(
                 model,
-                lambda: square_loss(model, batch),
+                lambda: Weighed(square_loss(model, batch), {}),
                 externals,
                 probe,
                 rows=len(batch),

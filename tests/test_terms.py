@@ -100,7 +100,9 @@ def test_a_single_count_holds_for_every_term() -> None:
 
     model, batch = model_of(), sequences()
     step = memfit.fit(model, by_rows, batch, memory=PLENTY, micro_batch_size=3, count="rows")
-    torch.testing.assert_close(step(batch), sum(by_rows(model, batch).values(), torch.zeros(())).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        step(batch), sum(by_rows(model, batch).values(), torch.zeros(())).detach(), rtol=1e-12, atol=0
+    )
 
 
 # ---- refusals ----------------------------------------------------------------------------------------

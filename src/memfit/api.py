@@ -24,7 +24,7 @@ from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.count import Counter, counter_for
-from memfit.runtime.job import Job, check_model
+from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.profiling import profile, profile_job
@@ -62,11 +62,12 @@ def fit(
     batch: Any,
     *,
     memory: str | int | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     micro_batch_size: int | None = None,
     count: str | Counter | Mapping[str, str | Counter] = "auto",
     profile: Profile | None = None,
     outputs_fn: OutputsFn | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
     """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
 
@@ -77,7 +78,7 @@ def fit(
         batch: An example of the effective batch; its tensors share the first dimension.
         memory: ``"8GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
             it may be left out: what is free.
-        optimizer: Counts its state and its step into the peak.
+        optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Pins the micro-batch instead of choosing it.
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
@@ -90,6 +91,8 @@ def fit(
             then it is ``loss_fn(outputs, batch)``. A loss that couples the rows (contrastive ones, Dice,
             normalised advantages) is then exact in micro-batches too: all outputs first, without a graph,
             and each forward once more for its gradient.
+        scaler: Its scale multiplies the gradients of all micro-batches alike, as ``scaler.scale(loss)`` does,
+            and not the loss that is returned. Unscale, clip, step and update it once a step, as ever.
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
@@ -104,11 +107,11 @@ def fit(
     if count == "coupled" and outputs_fn is None:
         raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on the outputs of all rows")
     loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, optimizer)
+    job = Job(model, loss, batch, each_optimizer(optimizer) or None)
     counter = None
     if count != "coupled" and not (pinned_whole and count == "auto"):
         counter = counter_for(count, model, loss, batch)
-    owner = _needs_whole(model, counter)
+    owner = _needs_whole(counter)
     if outputs_fn is not None and counter is None and owner is not None:
         audited = audit_of_rows(job)
         if are_independent(audited):
@@ -116,8 +119,7 @@ def fit(
         elif count == "coupled":
             raise InexactAccumulation(f"two passes are not exact: {audited}", owner=audited.owner)
     _refuse_parts(owner, rows, micro_batch_size)
-    whole_only = owner is not None and micro_batch_size is None
-    size = rows if whole_only else micro_batch_size
+    size = rows if owner is not None and micro_batch_size is None else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
@@ -130,8 +132,8 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss, counter, job.is_two_pass)
-    return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
+    run = Accumulation(model, loss, counter, job.is_two_pass, scaler)
+    return Step(run, plan, profile, optimizer=optimizer, find=find)
 
 
 def _planned(
@@ -183,12 +185,9 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes)
 
 
-def _needs_whole(model: nn.Module, counter: Counter | Mapping[str, Counter] | None) -> str | None:
+def _needs_whole(counter: Counter | Mapping[str, Counter] | None) -> str | None:
     """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
-    if counter is None:
-        return "no known weights make the losses of parts add up to the loss of the batch"
-    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
-    return None if hooked is None else f"'{hooked}' has a gradient hook, which must see the final gradient"
+    return None if counter else "no known weights make the losses of parts add up to the loss of the batch"
 
 
 def _budget_bytes(memory: str | int | None, place: torch.device) -> int:

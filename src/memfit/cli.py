@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from memfit.core.allocator import Memory as CudaMemory
     from memfit.core.graph import Profile
     from memfit.core.plan import Plan
+    from memfit.workload import Workload
 
 EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4
@@ -177,14 +178,19 @@ def plan(
     )
     with _interruptible():
         from memfit.api import find_plan
+        from memfit.core.advice import advice, block
 
-        recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
+        recorded, micro_batch_size, work = _recorded(target, batch_size, micro_batch_size, seed, device)
         found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
+        epoch = work.rows_per_epoch(found.rows)
+        lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
     if as_json:
-        print(found.to_json())
+        print(json.dumps(json.loads(found.to_json()) | {"advice": lines}, indent=1))
         return
     _show(plan_table(found, target, *_cuda_memory(recorded, found)))
     print(plan_verdict(found, target))
+    if lines:
+        print(block(lines))
 
 
 @app.command()
@@ -203,7 +209,7 @@ def frontier(
         from memfit.api import frontier as find_frontier
         from memfit.core.strategies import notable, strategies
 
-        recorded, micro_batch_size = _recorded(target, batch_size, micro_batch_size, seed, device)
+        recorded, micro_batch_size, _ = _recorded(target, batch_size, micro_batch_size, seed, device)
         found = find_frontier(recorded, micro_batch_size=micro_batch_size, plans=plans)
         others = strategies(recorded, micro_batch_size=micro_batch_size)
     if as_json:
@@ -244,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recorded(
     target: str, batch_size: int | None, micro_batch_size: int | None, seed: int, device: str | None
-) -> tuple[Profile, int | None]:
-    """The profile of a workload built from fake tensors, and the micro-batch it must be planned at."""
+) -> tuple[Profile, int | None, Workload]:
+    """The profile of a workload built from fake tensors, the micro-batch to plan it at, and the workload."""
     from memfit.api import profile
     from memfit.runtime.fake import fake_tensors
     from memfit.workload import load_target
@@ -262,7 +268,7 @@ def _recorded(
     if micro_batch_size is None and any(graph.coupled for graph in recorded.graphs):
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")
-    return recorded, micro_batch_size
+    return recorded, micro_batch_size, workload
 
 
 def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:

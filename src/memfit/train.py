@@ -24,6 +24,7 @@ import torch
 
 import memfit
 from memfit.api import Step, fit
+from memfit.core.advice import advice, block
 from memfit.core.plan import Plan
 from memfit.runtime.folder import (
     LossLog,
@@ -130,13 +131,15 @@ class RunResult:
     held: bool | None
     interrupted: bool
     out: Path
+    advice: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Returns the result as JSON data, the plan by its main figures."""
         plan = self.plan
         figures = {} if plan is None else _plan_figures(plan)
         own = ("steps_done", "first_loss", "last_loss", "measured_peak_bytes", "median_step_s", "held")
-        return {**{name: getattr(self, name) for name in own}, "interrupted": self.interrupted, **figures}
+        said = {"interrupted": self.interrupted, "advice": list(self.advice)}
+        return {**{name: getattr(self, name) for name in own}, **said, **figures}
 
 
 class Watcher(Protocol):
@@ -169,6 +172,7 @@ class _Run:
     position: Position
     batches: Iterator[Any]
     earlier: tuple[float, ...]
+    advice: tuple[str, ...]
 
 
 def train(options: TrainOptions, watch: Watcher) -> RunResult:
@@ -218,16 +222,17 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
         watch.said(f"resuming after step {position.step}")
     earlier = cut_losses(options.out, position.step) if options.resume else ()
     workload.model.train()
-    step = None
+    step, lines = None, tuple[str, ...]()
     if not options.plain and position.step < options.steps:
         micro = position.micro_batch_size or pinned
         step = _fit(workload, options, replace(position, micro_batch_size=micro), watch)
+        lines = _advice(workload, step, watch)
     # The training itself starts from the seed, whatever building and planning drew.
     _seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
     batches = _with_own_randomness(workload.batches_from(position.step), options.seed)
-    return _Run(options, workload, step, position, batches, earlier)
+    return _Run(options, workload, step, position, batches, earlier, lines)
 
 
 def _seed_everything(seed: int) -> None:
@@ -273,6 +278,15 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
     write_plan(options.out, step.plan, step.profile)
     watch.planned(step.plan)
     return step
+
+
+def _advice(workload: Workload, step: Step, watch: Watcher) -> tuple[str, ...]:
+    """Returns what could be done besides the plan, and says it."""
+    epoch = workload.rows_per_epoch(step.plan.rows)
+    lines = advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
+    if lines:
+        watch.said(block(lines))
+    return lines
 
 
 def _go(run: _Run, watch: Watcher) -> RunResult:
@@ -403,6 +417,7 @@ def _result(
         held=held,
         interrupted=interrupted,
         out=run.options.out,
+        advice=run.advice,
     )
 
 

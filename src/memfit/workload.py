@@ -43,6 +43,21 @@ class Workload:
     loss_fn: Callable[[nn.Module, Any], torch.Tensor]
     batches: Iterable[Any] | Callable[[int], Any]
 
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """Adam's, if the optimizer has them as numbers."""
+        match self.optimizer.param_groups[0].get("betas"):
+            case (float(first), float(second)):
+                return first, second
+        return None
+
+    def rows_per_epoch(self, rows: int) -> int | None:
+        """Rows of an epoch whose batches have ``rows`` rows, the last maybe fewer; None where not known."""
+        try:
+            return None if callable(self.batches) else len(self.batches) * rows  # type: ignore[arg-type]
+        except TypeError:  # it has no length, or its data has none
+            return None
+
     def batches_from(self, start: int) -> Iterator[Any]:
         """Yields the batches from index ``start`` (0-based) on, without end.
 

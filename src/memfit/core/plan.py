@@ -120,6 +120,7 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
+        data.pop("advice", None)  # which `memfit plan --json` says besides
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))

@@ -7,13 +7,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from memfit.core.batching import parts_for
 from memfit.errors import InexactAccumulation
-from memfit.runtime.batch import rows_of, split
+from memfit.runtime.batch import refuse_graphs, rows_of, split, tensors_of
 from memfit.runtime.count import Counter, weights
-from memfit.runtime.micro import LossFn, OutputsLoss, Weighed, Weight, alone, weighted_loss
+from memfit.runtime.hooks import hooks_at_the_end
+from memfit.runtime.micro import (
+    LossFn,
+    OutputsLoss,
+    Weighed,
+    Weight,
+    alone,
+    refuse_no_gradients,
+    weighted_loss,
+)
 from memfit.runtime.passes import run_in_two_passes
 from memfit.runtime.replay import Decisions, Replayer
 
@@ -26,27 +36,36 @@ class Accumulation:
         counter: What each part is weighted by, or each term of each part.
         is_two_pass: The loss is taken on the outputs of all parts, see ``runtime/passes.py``; then the loss
             is an :class:`OutputsLoss`. With neither, the batch must stay whole.
+        scaler: Its scale multiplies every gradient, and not the loss that is returned.
     """
 
     model: nn.Module
     loss_fn: LossFn
     counter: Counter | Mapping[str, Counter] | None
     is_two_pass: bool = False
+    scaler: torch.amp.GradScaler | None = None
 
     def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Weighed:
         """The loss of the whole batch and its terms, without a graph; its gradient is added to ``.grad``."""
+        refuse_no_gradients()
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
             return self._run_part(parts[0], None, decisions)
-        if self.is_two_pass:
-            assert isinstance(self.loss_fn, OutputsLoss)
-            return run_in_two_passes(self.model, self.loss_fn, batch, parts, decisions)
-        if self.counter is None:
+        if self.counter is None and not self.is_two_pass:
             raise InexactAccumulation(
                 f"the batch has {rows_of(batch)} rows and the plan keeps {micro_batch_size} whole, "
                 "because no exact way to split it is known: fit again with a batch as large, or give count=",
                 owner="loss_fn",
             )
+        refuse_graphs(batch)
+        with hooks_at_the_end([*self.model.named_parameters(), *tensors_of(batch)]):
+            return self._run_parts(batch, parts, decisions)
+
+    def _run_parts(self, batch: Any, parts: list[Any], decisions: Decisions) -> Weighed:
+        """Adds up the micro-batches."""
+        if self.counter is None:
+            assert isinstance(self.loss_fn, OutputsLoss)
+            return run_in_two_passes(self.model, self.loss_fn, batch, parts, decisions, self.scaler)
         total: Weighed | None = None
         for part, weight in zip(parts, weights(self.counter, parts), strict=True):
             if _is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
@@ -67,7 +86,7 @@ class Accumulation:
         """Forward under the plan, then backward. Without a plan no mode is entered."""
         with Replayer(self.model, decisions) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
-        loss.backward()
+        loss.backward(self.scaler)
         return loss._replace(total=alone(loss.total))
 
 

@@ -40,7 +40,7 @@ from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.company import mixing_module
 from memfit.runtime.doubled import Doubled
 from memfit.runtime.fake import is_fake, untouched
-from memfit.runtime.job import Job
+from memfit.runtime.job import Job, Optimizers, each_optimizer
 from memfit.runtime.micro import LossFn
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.sample import samples_of
@@ -108,9 +108,14 @@ _CURES: dict[Kind, tuple[str, ...]] = {
     ),
     Kind.GRADIENT_HOOK: (
         "remove the hook and change the gradient once, after step(batch) and before optimizer.step()",
+        "leave it if it is a parameter's: a step of memfit.fit runs it once, on the whole gradient",
         _KEEP_WHOLE,
     ),
-    Kind.OPTIMIZER: ("use an optimizer that steps once after the backward, on the gradient in .grad",),
+    Kind.OPTIMIZER: (
+        "use an optimizer that steps once after the backward, on the gradient in .grad",
+        "if it calls the loss itself, let it call a step of memfit.fit, which runs the whole batch: "
+        "closure = lambda: (optimizer.zero_grad(), step(batch))[1]",
+    ),
     Kind.UNDECIDED: (
         "say with count= what the loss is a mean over, if you know that it is additive",
         _KEEP_WHOLE,
@@ -118,9 +123,7 @@ _CURES: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def audit(
-    model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: torch.optim.Optimizer | None = None
-) -> Audit:
+def audit(model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: Optimizers = None) -> Audit:
     """Returns whether micro-batches give exactly the gradient of the whole batch, and under which weights.
 
     A copy of the model in float64 runs up to 6 rows of the batch, whole and in unequal parts. Nothing of the
@@ -134,7 +137,7 @@ def audit(
         model: Any module, in the modes it trains in.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch.
         batch: An example of the effective batch; its tensors share the first dimension.
-        optimizer: Judged too, if given.
+        optimizer: Judged too, if given; a list of several, each.
 
     Raises:
         UnsupportedModel: The model or the batch is fake or on the meta device: there is nothing to compare.
@@ -200,13 +203,17 @@ def _stepping_inside(job: Job) -> str | None:
     for name, p in job.model.named_parameters():
         if p._post_accumulate_grad_hooks:
             return f"{name} (a hook runs whenever its gradient has been accumulated)"
-    if job.optimizer is None:
-        return None
-    name = type(job.optimizer).__name__
-    step = inspect.signature(job.optimizer.step).parameters.values()
+    reasons = (_calling_the_loss(optimizer) for optimizer in each_optimizer(job.optimizer))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _calling_the_loss(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer cannot step on the sum of gradients, None if it can."""
+    name = type(optimizer).__name__
+    step = inspect.signature(optimizer.step).parameters.values()
     if any(p.name == "closure" and p.default is inspect.Parameter.empty for p in step):
         return f"{name} (calls the loss several times in one step)"
-    if hasattr(job.optimizer, "first_step") and hasattr(job.optimizer, "second_step"):
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return f"{name} (steps twice a batch)"
     if any(word in name.lower() for word in ("lomo", "layerwise")):
         return f"{name} (steps inside the backward)"

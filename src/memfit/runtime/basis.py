@@ -16,7 +16,7 @@ from torch import nn
 from memfit.core.basis import Basis
 from memfit.runtime.batch import tensors_of
 from memfit.runtime.fake import is_fake
-from memfit.runtime.job import Job
+from memfit.runtime.job import Job, each_optimizer
 
 _SETTINGS: dict[str, Callable[[], object]] = {
     "deterministic": torch.are_deterministic_algorithms_enabled,
@@ -41,7 +41,7 @@ def basis_of(job: Job) -> Basis:
             "batch",
             ", ".join(f"{n.removeprefix('batch')} {_tensor(t)}".strip() for n, t in tensors_of(job.batch)),
         ),
-        ("optimizer", _optimizer(job.optimizer)),
+        ("optimizer", " and ".join(map(_optimizer, each_optimizer(job.optimizer))) or "none"),
         ("settings", ", ".join(f"{name} {read()}" for name, read in _SETTINGS.items())),
     )
 
@@ -106,10 +106,8 @@ def _code(code: CodeType) -> list[str]:
     return [code.co_code.hex(), *code.co_names, *constants, *inner]
 
 
-def _optimizer(optimizer: torch.optim.Optimizer | None) -> str:
+def _optimizer(optimizer: torch.optim.Optimizer) -> str:
     """Its kind, what it steps, and what chooses its implementation and its state; not rates, which change."""
-    if optimizer is None:
-        return "none"
     told = []
     for group in optimizer.param_groups:
         told += [

@@ -127,6 +127,33 @@ def tensors_of(batch: object) -> Iterator[tuple[str, Tensor]]:
             yield path, leaf
 
 
+def leaves_of(batch: object) -> list[Tensor]:
+    """The tensors that are to get a gradient of their own."""
+    return [tensor for _, tensor in tensors_of(batch) if tensor.requires_grad and tensor.is_leaf]
+
+
+def refuse_graphs(batch: object) -> None:
+    """Refuses a batch that was computed with gradients: the first micro-batch would free what all go through.
+
+    Raises:
+        InexactAccumulation: One of its tensors has a graph of its own; the error names it.
+    """
+    for path, tensor in tensors_of(batch):
+        if tensor.grad_fn is not None:
+            raise InexactAccumulation(
+                f"{path} was computed with gradients, and its graph serves one backward only: compute it in "
+                "loss_fn, or detach it",
+                owner=path,
+            )
+
+
+def detached(batch: Any) -> Any:
+    """The batch with leaves of its own where tensors require a gradient: nothing of the caller's gets one."""
+    if not any(tensor.requires_grad for _, tensor in tensors_of(batch)):
+        return batch
+    return map_tensors(batch, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad))
+
+
 def is_plain(batch: object) -> bool:
     """Whether ``batch`` holds only plain values (Rule 2): no tensor, and nothing that may hide one."""
     return all(isinstance(leaf, _PLAIN_TYPES) for _, leaf in _leaves(_ROOT, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 from memfit.core.batching import balanced_parts
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import split, tensors_of
+from memfit.runtime.hooks import refuse_accumulation_hooks
 from memfit.runtime.micro import LossFn, weighted_loss
 from memfit.runtime.probe import Probe
 from memfit.runtime.record import Differentiable, Recording, record
 from memfit.runtime.rehearse import second_pass
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
 
 class Job(NamedTuple):
-    """A model with its loss and batch: what is profiled.
+    """A model with its loss and batch: what is profiled. Several optimizers step one after the other.
 
     ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
     """
@@ -25,7 +29,7 @@ class Job(NamedTuple):
     model: nn.Module
     loss_fn: LossFn
     batch: Any
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Optimizers
     is_two_pass: bool = False
 
 
@@ -33,10 +37,12 @@ def check_model(model: nn.Module) -> torch.device:
     """The device the model trains on.
 
     Raises:
-        ValueError: Nothing is trainable.
+        ValueError: Nothing is trainable, or autograd is off for good.
         UnsupportedModel: Its parameters are on several devices, or one has a hook that would step
             the optimizer inside the backward.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("memfit was called inside torch.inference_mode(): call it outside, to train")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -44,13 +50,7 @@ def check_model(model: nn.Module) -> torch.device:
             "train: call requires_grad_() on what is to be trained"
         )
     for name, parameter in trained:
-        if parameter._post_accumulate_grad_hooks:
-            raise UnsupportedModel(
-                f"'{name}' has a hook that runs whenever its gradient has been accumulated (an optimizer "
-                "fused into the backward?), which would see every micro-batch: remove it, and step the "
-                "optimizer after step(batch)",
-                owner=name,
-            )
+        refuse_accumulation_hooks(name, parameter)
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
         (one, first), (other, second), *_ = places.items()
@@ -105,9 +105,31 @@ def first_rows(batch: Any, rows: int, few: int) -> Any:
     return split(batch, (few, rows - few))[0] if few < rows else batch
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """The tensors an optimizer holds by now."""
+def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers, however many were given.
+
+    Raises:
+        TypeError: Something else was given.
+    """
     if optimizer is None:
-        return []
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return [value for value in values if isinstance(value, Tensor)]
+        return ()
+    found = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(one).__name__}: give a torch.optim.Optimizer, or a list of several"
+            )
+    return found
+
+
+def optimizer_state(optimizer: Optimizers) -> list[Tensor]:
+    """The tensors that optimizers hold by now."""
+    states = [state for one in each_optimizer(optimizer) for state in one.state.values()]
+    return [tensor for state in states for value in state.values() for tensor in _tensors_in(value)]
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of an entry of a state: LBFGS has lists of them."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    return [value] if isinstance(value, Tensor) else []

@@ -6,10 +6,12 @@ a mean over its own units (labels, rows, boxes) has a weight of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Loss = Tensor | Mapping[str, Tensor]
@@ -24,9 +26,14 @@ class Weighed(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
 
-    def backward(self) -> None:
-        """Adds the gradients to the leaves."""
-        self.total.backward()
+    @property
+    def roots(self) -> list[Tensor]:
+        """What a backward starts from."""
+        return [self.total]
+
+    def backward(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Adds the gradients, times the scale of ``scaler``, to the leaves."""
+        backward(self.total, scaler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,7 @@ def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: Weight) 
         ValueError: The loss is not one number, has no graph to go backward through, or has a term without
             a weight.
     """
+    torch.clear_autocast_cache()  # an autocast around the step would hold the casts of the last micro-batch
     return weighed(loss_fn(model, part), weight)
 
 
@@ -122,3 +130,43 @@ def _in_a_graph(loss: Tensor) -> Tensor:
             ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
         )
     return loss
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Goes backward, outside of any autocast: each op then runs in the type that its forward chose.
+
+    Args:
+        scaler: Its scale is the gradient to begin with, as after ``scaler.scale(loss).backward()``.
+    """
+    with without_autocast():
+        start = None if scaler is None else scaler.scale(torch.ones_like(loss)).to(loss.dtype)
+        loss.backward(start)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast around the caller is off in the body."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+
+
+def refuse_no_gradients() -> None:
+    """Refuses a step where autograd is off.
+
+    Raises:
+        ValueError: Inside ``torch.no_grad()`` or ``torch.inference_mode()``.
+    """
+    for is_off, where in (
+        (torch.is_inference_mode_enabled(), "torch.inference_mode()"),
+        (not torch.is_grad_enabled(), "torch.no_grad()"),
+    ):
+        if is_off:
+            raise ValueError(
+                f"step was called inside {where}, which lets no gradient be made: call it outside"
+            )

@@ -22,6 +22,7 @@ from memfit.runtime.batch import rows_of
 from memfit.runtime.job import Job, first_rows, prepare_gradients
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.micro import weighted_loss
+from memfit.runtime.preserve import gradients_of_others
 
 _FEW_ROWS = 4
 
@@ -78,7 +79,10 @@ def _metered(job: Job, place: torch.device, rows: int, few: int, *, resident: bo
         prepare_gradients(job.model, resident=resident)
         start_s = time.perf_counter()
         with PeakMeter(place) as meter:
-            weighted_loss(job.model, job.loss_fn, part, None if few == rows else few / rows).backward()
+            loss = weighted_loss(job.model, job.loss_fn, part, None if few == rows else few / rows)
+            with gradients_of_others(loss.roots, job.model):
+                loss.backward()
+            del loss
         seconds = time.perf_counter() - start_s
     return _graph(few, meter.peak_bytes, seconds, resident=resident)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import join, map_tensors, rows_of, tensors_of
-from memfit.runtime.micro import OutputsLoss, Weighed, alone, weighed
+from memfit.runtime.micro import OutputsLoss, Weighed, alone, weighed, without_autocast
 from memfit.runtime.preserve import Buffers, RandomStreams
 from memfit.runtime.replay import Decisions, Replayer
 
@@ -41,10 +41,16 @@ class Seeded(NamedTuple):
     outputs: list[Tensor]
     gradients: list[Tensor]
 
+    @property
+    def roots(self) -> list[Tensor]:
+        """What a backward starts from."""
+        return self.outputs
+
     def backward(self) -> None:
         """Adds the gradients to the leaves."""
         if self.outputs:
-            torch.autograd.backward(self.outputs, self.gradients)
+            with without_autocast():
+                torch.autograd.backward(self.outputs, self.gradients)
 
 
 class Joined(NamedTuple):
@@ -53,13 +59,18 @@ class Joined(NamedTuple):
     loss: Weighed
     leaves: list[Tensor]
 
-    def backward(self) -> None:
+    def backward(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Fills the gradients of the outputs."""
-        self.loss.backward()
+        self.loss.backward(scaler)
 
 
 def run_in_two_passes(
-    model: nn.Module, loss_fn: OutputsLoss, batch: Any, parts: Sequence[Any], decisions: Decisions
+    model: nn.Module,
+    loss_fn: OutputsLoss,
+    batch: Any,
+    parts: Sequence[Any],
+    decisions: Decisions,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Weighed:
     """The loss of the whole batch, without a graph; adds its gradient to ``.grad``. See Note [Two passes].
 
@@ -70,7 +81,7 @@ def run_in_two_passes(
     pieces = [outputs_without_graph(model, loss_fn, part) for part in parts]
     seen = [_sampled(piece) for piece in pieces]
     joined = loss_of_all(loss_fn, pieces, batch)
-    joined.backward()
+    joined.backward(scaler)
     loss = joined.loss._replace(total=alone(joined.loss.total))
     gradients = [leaf.grad for leaf in joined.leaves]
     del joined
@@ -82,6 +93,7 @@ def run_in_two_passes(
         rows = rows_of(part)
         seeds = [None if g is None else g.narrow(0, first, rows) for g in gradients]
         first += rows
+        torch.clear_autocast_cache()  # as in weighted_loss
         with Replayer(model, decisions) if decisions else nullcontext():
             outputs = loss_fn.outputs_fn(model, part)
         _refuse_other_outputs(sample, _sampled(outputs))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 class RandomStreams:
     """The states of all default generators: torch on each device, Python, NumPy."""
 
-    cpu: NDArray[np.uint8]  # not a tensor: it would count as memory of the step
+    cpu: torch.Generator
     cuda: tuple[Tensor, ...]
     python: Any
     numpy: Any
@@ -28,12 +27,12 @@ class RandomStreams:
         """The present states."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
         return RandomStreams(
-            torch.get_rng_state().numpy().copy(), cuda, random.getstate(), np.random.get_state()
+            torch.default_generator.clone_state(), cuda, random.getstate(), np.random.get_state()
         )
 
     def restore(self) -> None:
         """Puts the states back."""
-        torch.set_rng_state(torch.from_numpy(self.cpu))
+        torch.set_rng_state(self.cpu.get_state())
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
         random.setstate(self.python)
@@ -64,13 +63,18 @@ class Buffers:
 
 
 class Snapshot:
-    """Random streams, buffers and gradients of a model, to run a step again from its start."""
+    """Random streams, buffers and gradients of a model, to run a step again from its start.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        others: Tensors that get gradients too, such as inputs.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
         self._streams = RandomStreams.now()
         self._buffers = Buffers(model)
         self._gradients = [
-            (p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
+            (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+            for p in (*model.parameters(), *others)
         ]
 
     def restore(self) -> None:
@@ -95,6 +99,36 @@ def no_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in former:
             parameter.grad = gradient
+
+
+@contextmanager
+def gradients_of_others(roots: Iterable[Tensor], model: nn.Module) -> Iterator[None]:
+    """The body goes backward from some tensors; other leaves than the model's keep their gradients.
+
+    Such as those of the discriminator that the loss of a generator closes over.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    former = [(leaf, leaf.grad) for leaf in _leaves_behind(roots) if id(leaf) not in own]
+    try:
+        yield
+    finally:
+        for leaf, gradient in former:
+            leaf.grad = gradient
+
+
+def _leaves_behind(roots: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves whose gradients a backward would fill."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    pending: list[Any] = [root.grad_fn for root in roots]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+    return found
 
 
 @contextmanager

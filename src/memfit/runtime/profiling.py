@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from memfit.core.graph import EMPTY_GRAPH, Profile, Residents, StepGraph, in_blo
 from memfit.core.timeline import run
 from memfit.errors import UnsupportedModel
 from memfit.runtime.basis import basis_of
-from memfit.runtime.batch import rows_of, tensors_of
+from memfit.runtime.batch import detached, rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
-from memfit.runtime.job import Job, check_model, optimizer_state
+from memfit.runtime.hooks import silenced
+from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
@@ -56,7 +58,7 @@ def profile(
     loss_fn: LossFn | Callable[[Any, Any], Loss],
     batch: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     micro_batch_size: int | None = None,
     limit_bytes: int | None = None,
     device: str | Device | None = None,
@@ -68,7 +70,7 @@ def profile(
         model: Real, fake or on ``meta``; on one device.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``.
         batch: The effective batch; its tensors share the first dimension, the rows.
-        optimizer: Counts its state and its step into the peak.
+        optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Only this size.
         limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
         device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
@@ -83,7 +85,7 @@ def profile(
         UnsupportedModel: Parameters on several devices.
     """
     loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, optimizer, is_two_pass=outputs_fn is not None)
+    job = Job(model, loss, batch, each_optimizer(optimizer) or None, outputs_fn is not None)
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 
@@ -98,6 +100,7 @@ def profile_job(
     place = check_model(job.model)
     card = device_named(device) if isinstance(device, str) else device
     rows = rows_of(job.batch)
+    job = job._replace(batch=detached(job.batch))
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in job.model.parameters())
     compiled = compiled_part(job.model)
@@ -128,7 +131,7 @@ def _recorded(
     model, rows = job.model, rows_of(job.batch)
     points: tuple[Measured, Measured] | None = None
     more: list[Measured] = []
-    with same_random_streams(), untouched(model), no_gradients(model), torch.enable_grad():
+    with _unseen(model):
         recordings, residents, update, loss, by_fakes = record_sizes(job, rows, counts, card)
         if not any(is_fake(p) for p in model.parameters()):
             with contents_of(model):
@@ -176,6 +179,19 @@ class _Recorded(NamedTuple):
     update: Update
     points: tuple[Measured, Measured] | None
     loss_of_all: StepGraph
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Iterator[None]:
+    """Steps in the body leave no trace, and no gradient hook sees them. See Note [Profiling] 4."""
+    with (
+        same_random_streams(),
+        untouched(model),
+        no_gradients(model),
+        torch.enable_grad(),
+        silenced(model.parameters()),
+    ):
+        yield
 
 
 def _priced(
@@ -233,7 +249,7 @@ def _opaque(
         "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor",
         stacklevel=4,
     )
-    with same_random_streams(), untouched(job.model), no_gradients(job.model), torch.enable_grad():
+    with _unseen(job.model):
         residents, update = residents_of(job)
         free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
         with contents_of(job.model):
@@ -271,10 +287,12 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
     """What no recording shows: a few numbers; on CUDA cuBLAS's workspaces and others' tensors."""
+    hooked_bytes = max((p.nbytes for p in job.model.parameters() if p._backward_hooks), default=0)
+    few_bytes = _FEW_NUMBERS_BYTES + hooked_bytes  # what the hook of a gradient makes of it
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return _FEW_NUMBERS_BYTES
+        return few_bytes
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = in_blocks(resident_sizes(t for t in known if t.device == place), MIN_BLOCK_BYTES)
-    return max(0, torch.cuda.memory_allocated(place) - on_device) + _FEW_NUMBERS_BYTES
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + few_bytes

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +50,7 @@ from memfit.runtime.opinfo import (
     tensors_in,
     written_statistics,
 )
+from memfit.runtime.preserve import gradients_of_others
 from memfit.runtime.probe import OpCost, Probe
 
 _ADD = torch.ops.aten.add.Tensor
@@ -66,6 +67,10 @@ class Recording(NamedTuple):
 
 class Differentiable(Protocol):
     """What a forward leaves."""
+
+    @property
+    def roots(self) -> Sequence[Tensor]:
+        """The tensors that a backward starts from."""
 
     def backward(self) -> None:
         """Adds the gradients to the leaves."""
@@ -375,7 +380,7 @@ def record(
             _refuse_writes(model, recorder.changed)
             forward_ops = len(recorder.ops)
             recorder.is_forward = False
-            with recorder:
+            with gradients_of_others(loss.roots, model), recorder:
                 loss.backward()
             del loss
     recorder.forget()

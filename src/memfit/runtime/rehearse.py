@@ -32,6 +32,11 @@ class Between(NamedTuple):
     joined: Joined
     buffers: Buffers
 
+    @property
+    def roots(self) -> list[Tensor]:
+        """What a backward starts from."""
+        return self.joined.loss.roots
+
     def backward(self) -> None:
         """Fills the gradients of the outputs."""
         self.joined.backward()

@@ -238,7 +238,8 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     place = next(job.model.parameters()).device
     parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()])
     gradient_sizes = resident_sizes(gradients)
-    batch_sizes = resident_sizes(t for _, t in tensors_of(batch) if t.device == place)
+    inputs = [t for _, t in tensors_of(batch) if t.device == place]
+    batch_sizes = resident_sizes(inputs) + tuple(t.nbytes for t in inputs if t.requires_grad)  # and .grad
     return Residents(
         parameters_bytes=sum(parameter_sizes),
         gradients_bytes=sum(gradient_sizes),

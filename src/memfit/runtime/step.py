@@ -22,15 +22,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memfit.core.costs import at_speed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
-from memfit.errors import InfeasibleBudget, VerificationFailed
+from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.accumulate import Accumulation
-from memfit.runtime.batch import rows_of, tensors_of
-from memfit.runtime.job import optimizer_state
+from memfit.runtime.batch import leaves_of, rows_of, tensors_of
+from memfit.runtime.job import Optimizers, optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.replay import decisions_of
@@ -96,7 +96,7 @@ class Step:
         plan: Plan,
         profile: Profile,
         *,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers,
         find: Callable[[Profile], Plan],
     ) -> None:
         self.plan = plan
@@ -111,18 +111,28 @@ class Step:
         self._unverified = _VERIFIED_STEPS
         self._untimed = True
         self._most_items = 0
+        self._asleep = [(name, m) for name, m in self._model.named_modules() if not m.training]
+        self._circumstances = _circumstances(self._model)
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
 
+        Gradient hooks of parameters and inputs run once, on the gradient of the whole batch.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
-            ValueError: The batch is empty, or the loss is no scalar.
+            UnsupportedModel: A hook would see each micro-batch.
+            ValueError: The batch is empty, the loss is no scalar, or autograd is off.
             VerificationFailed: The peak broke the budget, and planning again could not mend it.
         """
         items = sum(tensor.numel() for _, tensor in tensors_of(batch))
         if items > self._most_items:  # longer than any so far: what held for those may not hold for it
             self._most_items, self._unverified = items, max(1, self._unverified)
+        self._refuse_woken(batch)
+        circumstances = _circumstances(self._model)
+        if circumstances != self._circumstances:  # what was promised was promised for others
+            _log.warning("the step was planned for %s and runs with %s", self._circumstances, circumstances)
+            self._circumstances, self._unverified = circumstances, max(1, self._unverified)
         if torch._C._autograd._profiler_enabled():
             return self._run(batch)
         if self._unverified:
@@ -132,6 +142,16 @@ class Step:
             self._untimed = False
             return self._run_timed(batch)
         return self._run(batch)
+
+    def _refuse_woken(self, batch: Any) -> None:
+        """Refuses to split a batch for layers that did not mix its rows before only because they were off."""
+        woken = next((name for name, module in self._asleep if module.training), None)
+        if woken is not None and rows_of(batch) > self.plan.micro_batch_size:
+            raise InexactAccumulation(
+                f"'{woken}' was in eval mode when memfit.fit looked at the model, and trains now, so "
+                "it is not known whether micro-batches are exact: fit again in the mode to train in",
+                owner=woken,
+            )
 
     def _run_timed(self, batch: Any) -> Tensor:
         """A step by the clock. See Note [Promise] 6."""
@@ -157,7 +177,7 @@ class Step:
 
     def _run_verified(self, batch: Any) -> Tensor:
         """A step under the meter; see Note [Promise]."""
-        snapshot = Snapshot(self._model)
+        snapshot = Snapshot(self._model, leaves_of(batch))
         for attempt in range(1, _ATTEMPTS + 1):
             loss, measured_bytes, retries = self._metered(batch)
             self.verdict = Verdict(
@@ -210,6 +230,15 @@ class Step:
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
+
+
+def _circumstances(model: nn.Module) -> str:
+    """What decides how much memory the same ops take, beside the batch."""
+    parameters = list(model.parameters())
+    place = parameters[0].device
+    dtype = torch.get_autocast_dtype(place.type) if torch.is_autocast_enabled(place.type) else None
+    autocast = "" if dtype is None else f" under autocast to {dtype}"
+    return f"{sum(p.nbytes for p in parameters):,} B of parameters on {place.type}{autocast}"
 
 
 def _wait(place: torch.device) -> None:

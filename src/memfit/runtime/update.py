@@ -7,7 +7,10 @@ Note [Update]
     at once.
  3. A number that an optimizer reads off a tensor (``.item()`` of a counter or a norm) is small in the first
     step on fakes, and large later: it decides values, and whether a warm-up is over (RAdam), not shapes.
- 4. Seconds and temporaries inside ops come from the same steps of a real twin that has one clone of each
+ 4. Several optimizers step one after the other in one recording, for their states are all there at once.
+ 5. One that calls the loss itself (LBFGS) keeps copies while it does, so what it takes is assumed: two for
+    each entry of its history, and as many as a line search has beside them.
+ 6. Seconds and temporaries inside ops come from the same steps of a real twin that has one clone of each
     shape of parameter, as far as memory allows. Ops that look alike share them; the seconds of others
     are scaled like the sum.
 """
@@ -18,7 +21,7 @@ import copy
 import logging
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,7 +34,7 @@ from torch.optim import optimizer as _optimizer
 from memfit.core.costs import costs_alike, with_costs_alike
 from memfit.core.devices import Roofline
 from memfit.core.graph import EMPTY_GRAPH, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
-from memfit.runtime.job import optimizer_state
+from memfit.runtime.job import Optimizers, each_optimizer, optimizer_state
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
@@ -71,34 +74,36 @@ class _UpdateProbe(RooflineProbe):
 
 
 def record_optimizer(
-    optimizer: torch.optim.Optimizer, make: Callable[[Tensor], Tensor], device: Roofline, *, for_cuda: bool
+    optimizer: Optimizers, make: Callable[[Tensor], Tensor], device: Roofline, *, for_cuda: bool
 ) -> Update:
-    """Both steps of an optimizer on fakes.
+    """Both steps of all optimizers on fakes.
 
     Args:
         make: The fake of a tensor.
         for_cuda: It is to run on CUDA, wherever its parameters are now.
     """
-    twin = _twin(optimizer, make, for_cuda=for_cuda)
-    for parameter in _parameters(twin):
+    optimizers = each_optimizer(optimizer)
+    twins = [_twin(one, make, for_cuda=for_cuda) for one in optimizers]
+    for parameter in _parameters(twins):
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
     try:
-        first, later = (_step(twin, _UpdateProbe(device, number)) for number in (_EARLY, _LATE))
-        return Update(first, later, resident_bytes(_state(twin)))
+        first, later = (_step(twins, _UpdateProbe(device, number)) for number in (_EARLY, _LATE))
+        return Update(first, later, resident_bytes(_state(twins)))
     except Exception as error:  # an optimizer of the user's own may do what fakes cannot
-        name = type(optimizer).__name__
+        name, copies = " and ".join(type(one).__name__ for one in optimizers), _assumed_copies(optimizers)
         warnings.warn(
-            f"{name} cannot be recorded ({error}): memfit assumes two states and a copy of the parameters "
-            "for its step, and does not measure it",
+            f"{name} cannot be recorded ({error}): memfit assumes {copies} states and a copy of the "
+            "parameters for its step, and does not measure it",
             stacklevel=2,
         )
-        return _assumed(name, resident_bytes(_parameters(twin)))
+        return _assumed(name, copies, resident_bytes(_parameters(twins)))
 
 
-def with_real_costs(update: Update, optimizer: torch.optim.Optimizer, free_bytes: int | None) -> Update:
-    """The same with the seconds and inner temporaries of real steps. See Note [Update] 4."""
-    chosen = _one_of_each(_parameters(optimizer), free_bytes)
+def with_real_costs(update: Update, optimizer: Optimizers, free_bytes: int | None) -> Update:
+    """The same with the seconds and inner temporaries of real steps. See Note [Update] 6."""
+    optimizers = each_optimizer(optimizer)
+    chosen = _one_of_each(_parameters(optimizers), free_bytes)
     if not chosen or not update.later.graph.ops or _ASSUMED in update.later.signatures:
         return update
     clones: dict[int, Tensor] = {}
@@ -110,11 +115,11 @@ def with_real_costs(update: Update, optimizer: torch.optim.Optimizer, free_bytes
         return clones[id(tensor)]
 
     try:
-        twin = _twin(optimizer, make, only=chosen)
-        for parameter in _parameters(twin):
+        twins = [_twin(one, make, only=chosen) for one in optimizers]
+        for parameter in _parameters(twins):
             parameter.grad = torch.rand_like(parameter) * 1e-3
         place = chosen[0].device
-        runs = [_step(twin, probe_for(place)()) for _ in range(1 + _REPEATS)]
+        runs = [_step(twins, probe_for(place)()) for _ in range(1 + _REPEATS)]
     except Exception as error:  # one of the user's own may not take clones
         _log.info("optimizer.step() cannot be measured: %s", error)
         return update
@@ -124,23 +129,36 @@ def with_real_costs(update: Update, optimizer: torch.optim.Optimizer, free_bytes
     return update._replace(first=update.first._replace(graph=first), later=update.later._replace(graph=later))
 
 
-def _step(optimizer: torch.optim.Optimizer, probe: Probe) -> Recording:
+def _step(optimizers: Sequence[torch.optim.Optimizer], probe: Probe) -> Recording:
     """One recorded step."""
-    parameters = _parameters(optimizer)
-    there = [*parameters, *(p.grad for p in parameters if p.grad is not None), *_state(optimizer)]
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    parameters = _parameters(optimizers)
+    there = [*parameters, *(p.grad for p in parameters if p.grad is not None), *_state(optimizers)]
     with _without_global_hooks():
-        return record_update(lambda: optimizer.step(), there, probe, lambda: _state(optimizer))
+        return record_update(step, there, probe, lambda: _state(optimizers))
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All it steps."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """All they step."""
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
 
 
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Its state on the device of its parameters."""
-    place = _parameters(optimizer)[0].device
-    return [t for t in optimizer_state(optimizer) if t.device == place]
+def _state(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Their state on the device of the parameters."""
+    place = _parameters(optimizers)[0].device
+    return [t for t in optimizer_state(optimizers) if t.device == place]
+
+
+def _assumed_copies(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Copies of the parameters to assume as the state of an optimizer. See Note [Update] 5."""
+    histories = [
+        group["history_size"] for one in optimizers for group in one.param_groups if "history_size" in group
+    ]
+    return _COPIES + 2 * max(histories) if histories else 2
 
 
 def _one_of_each(parameters: list[Tensor], free_bytes: int | None) -> list[Tensor]:
@@ -215,13 +233,13 @@ def _as_on_device(group: dict[str, Any], for_cuda: bool) -> dict[str, Any]:
     return {"foreach": True} if on_cuda and undecided else {}
 
 
-def _assumed(name: str, parameters_bytes: int) -> Update:
-    """Two states and a copy of the parameters."""
+def _assumed(name: str, copies: int, parameters_bytes: int) -> Update:
+    """So many states and a copy of the parameters."""
     op = Op(OpKey("", name, 0), temporary_bytes=parameters_bytes)
     later = replace(EMPTY_GRAPH, ops=(op,), log=(LogEntry(LogKind.OP, 0),))
-    state = Storage(2 * parameters_bytes, persists=True)
+    state = Storage(copies * parameters_bytes, persists=True)
     first = replace(later, ops=(replace(op, allocates=(0,)),), storages=(state,))
-    return Update(_unlike(first), _unlike(later), 2 * parameters_bytes)
+    return Update(_unlike(first), _unlike(later), copies * parameters_bytes)
 
 
 def _unlike(graph: StepGraph) -> Recording:
