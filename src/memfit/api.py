@@ -17,7 +17,7 @@ from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
-from memfit.errors import InexactAccumulation, InfeasibleBudget
+from memfit.errors import InexactAccumulation, InfeasibleBudget, UnsupportedModel
 from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
@@ -27,6 +27,8 @@ from memfit.runtime.count import Counter, counter_for
 from memfit.runtime.job import Job, check_model
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import LossFn
+from memfit.runtime.normalisation import by_rows, check_batch_norm
+from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile
 from memfit.runtime.profiling import profile as record_profile
 from memfit.runtime.step import Step, Verdict
@@ -54,6 +56,10 @@ __all__ = [
 
 
 _MOST_REFUSALS = 3
+_OTHER_STATISTICS = (
+    ", or say batch_norm='frozen' (its running statistics, as in eval mode) or batch_norm='ghost' (each "
+    "micro-batch by its own statistics, which is another gradient)"
+)
 
 
 def fit(
@@ -65,6 +71,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     micro_batch_size: int | None = None,
     count: str | Counter = "auto",
+    batch_norm: str = "exact",
     profile: Profile | None = None,
 ) -> Step:
     """Returns a step that runs the effective batch within ``memory``, as fast as an exact plan can.
@@ -80,6 +87,12 @@ def fit(
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
             ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
+        batch_norm: What BatchNorm layers in training mode do. ``"exact"``: they see the whole batch, so it is
+            not split. ``"frozen"``: they run on their running statistics, as in eval mode, during the
+            step only. ``"ghost"``: each micro-batch is normalised by its own statistics. That is another
+            gradient than the whole batch's (ghost batch normalisation, Hoffer et al. 2017,
+            arXiv:1705.08741) and depends on the micro-batch size; the running statistics are still updated
+            once a step, with those of the whole batch.
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
@@ -87,23 +100,29 @@ def fit(
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
         InexactAccumulation: The batch would have to be split, and no exact way is known.
-        UnsupportedModel: The model is on several devices.
+        UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
+
+    Parameters in bfloat16 or float16: gradients of micro-batches are added up in float32 and rounded to the
+    parameter's type once a step. To get the float32 sums themselves, for an optimizer that takes them, set
+    ``parameter.grad_dtype = torch.float32`` before.
     """
     place = check_model(model)
+    check_batch_norm(model, batch_norm, compiled_part(model))
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
     pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
-    counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
+    with by_rows(model, batch_norm):
+        counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
     owner = _needs_whole(model, counter)
     _refuse_parts(owner, rows, micro_batch_size)
     whole_only = owner is not None and micro_batch_size is None
-    job = Job(model, loss_fn, batch, optimizer)
+    job = Job(model, loss_fn, batch, optimizer, batch_norm)
     size = rows if whole_only else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
-        return _uncoupled(found, pinned=micro_batch_size is not None)
+        return _uncoupled(found, batch_norm, pinned=micro_batch_size is not None)
 
     def find(current: Profile) -> Plan:
         return find_plan(current, memory=budget_bytes)
@@ -112,7 +131,7 @@ def fit(
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss_fn, counter)
+    accumulation = Accumulation(model, loss_fn, counter, batch_norm)
     return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
 
 
@@ -169,6 +188,7 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
         optimizer=job.optimizer,
         micro_batch_size=micro_batch_size,
         limit_bytes=limit_bytes,
+        batch_norm=job.batch_norm,
     )
 
 
@@ -191,18 +211,24 @@ def _budget_bytes(memory: str | int | None, place: torch.device) -> int:
     return parse_memory(memory, total_bytes=device_memory(place)[1] if is_share else None)
 
 
-def _uncoupled(profiled: Profile, *, pinned: bool) -> Profile:
+def _uncoupled(profiled: Profile, batch_norm: str, *, pinned: bool) -> Profile:
     """Only micro-batches under which no layer sees fewer rows than it would in the whole batch."""
     coupled = next((name for graph in profiled.graphs for name in graph.coupled), None)
     if coupled is None:
         return profiled
+    if batch_norm == "frozen":
+        raise UnsupportedModel(
+            f"{coupled} computes its statistics over the rows it sees and is no BatchNorm module, so it "
+            "cannot be frozen: use torch.nn.BatchNorm, or training=False there, or batch_norm='exact'",
+            owner=coupled,
+        )
     whole = tuple(graph for graph in profiled.graphs if graph.rows >= profiled.rows)
     if not whole:
         assert pinned
         raise InexactAccumulation(
             f"{coupled} computes its statistics over the rows it sees, so micro-batches would change the "
             f"gradient: leave micro_batch_size out (memfit then keeps the batch of {profiled.rows} whole and "
-            "recomputes instead), or put the layer into eval mode",
+            f"recomputes instead){_OTHER_STATISTICS if batch_norm == 'exact' else ''}",
             owner=coupled,
         )
     return replace(profiled, graphs=whole)

@@ -101,7 +101,7 @@ class _TrainingRun:
     def __init__(self, profile: Profile, graph: StepGraph, allocator: CachingAllocator) -> None:
         residents = profile.residents
         self.allocator = allocator
-        self._gradients = list(_blocks(residents.gradients_bytes, residents.gradient_sizes))
+        self._gradients = list(_blocks(*residents.resident_gradients))
         self._updates = [moves(update, {}) for update in (profile.first_update, profile.update)]
         self._gradients_resident = graph.gradients_resident
         for size_bytes in (

@@ -12,7 +12,7 @@ from memfit.core.batching import parts_for
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import rows_of, split
 from memfit.runtime.count import Counter, weights
-from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
 from memfit.runtime.replay import Decisions, Replayer
 
 
@@ -22,17 +22,20 @@ class Accumulation:
 
     Attributes:
         counter: What each part is weighted by; None: the batch must stay whole.
+        batch_norm: How BatchNorm layers normalise, see ``runtime/normalisation.py``.
     """
 
     model: nn.Module
     loss_fn: LossFn
     counter: Counter | None
+    batch_norm: str = "exact"
 
     def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Tensor:
         """The loss of the whole batch, detached; its gradient is added to ``.grad``."""
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
-            return self._run_part(parts[0], None, decisions)
+            with micro_batches(self.model, self.batch_norm, several=False):
+                return self._run_part(parts[0], None, decisions)
         if self.counter is None:
             raise InexactAccumulation(
                 f"the batch has {rows_of(batch)} rows and the plan keeps {micro_batch_size} whole, "
@@ -40,11 +43,14 @@ class Accumulation:
                 owner="loss_fn",
             )
         total: Tensor | None = None
-        for part, weight in zip(parts, weights(self.counter, parts), strict=True):
-            if weight == 0:  # no valid label: its mean is not a number, its share is nothing
-                continue
-            loss = self._run_part(part, weight, decisions)
-            total = loss if total is None else total + loss
+        weighted = list(zip(parts, weights(self.counter, parts), strict=True))
+        with micro_batches(self.model, self.batch_norm, several=True) as begin:
+            for part, weight in weighted:
+                if weight == 0:  # no valid label: its mean is not a number, its share is nothing
+                    continue
+                begin()
+                loss = self._run_part(part, weight, decisions)
+                total = loss if total is None else total + loss
         assert total is not None
         return total
 

@@ -42,6 +42,7 @@ def basis_of(job: Job) -> Basis:
             ", ".join(f"{n.removeprefix('batch')} {_tensor(t)}".strip() for n, t in tensors_of(job.batch)),
         ),
         ("optimizer", _optimizer(job.optimizer)),
+        ("batch norm", job.batch_norm),
         ("settings", ", ".join(f"{name} {read()}" for name, read in _SETTINGS.items())),
     )
 

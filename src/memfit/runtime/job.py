@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from memfit.core.batching import balanced_parts
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import split, tensors_of
-from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
+from memfit.runtime.normalisation import is_pooled
+from memfit.runtime.precision import empty_gradient
 from memfit.runtime.probe import Probe
 from memfit.runtime.record import Recording, record
 
@@ -22,6 +25,7 @@ class Job(NamedTuple):
     loss_fn: LossFn
     batch: Any
     optimizer: torch.optim.Optimizer | None
+    batch_norm: str = "exact"
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -64,28 +68,33 @@ def record_part(
     sizes = balanced_parts(rows, count)
     part = split(batch, sizes)[0]
     weight = None if count == 1 else sizes[0] / rows
-    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
-    externals = [
-        *job.model.parameters(),
-        *job.model.buffers(),
-        *gradients,
-        *(t for _, t in tensors_of(batch)),
-    ]
-    return record(
-        job.model,
-        lambda: weighted_loss(job.model, job.loss_fn, part, weight),
-        externals,
-        probe,
-        rows=sizes[0],
-        gradients_resident=resident,
-        hold_saved=hold_saved,
-    )
+    with micro_batches(job.model, job.batch_norm, several=resident):
+        gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+        externals = [
+            *job.model.parameters(),
+            *job.model.buffers(),
+            *gradients,
+            *(t for _, t in tensors_of(batch)),
+        ]
+        recording = record(
+            job.model,
+            lambda: weighted_loss(job.model, job.loss_fn, part, weight),
+            externals,
+            probe,
+            rows=sizes[0],
+            gradients_resident=resident,
+            hold_saved=hold_saved,
+        )
+    if job.batch_norm != "ghost":
+        return recording
+    coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))
+    return recording._replace(graph=replace(recording.graph, coupled=coupled))
 
 
 def prepare_gradients(model: nn.Module, *, resident: bool) -> None:
     """Gives the parameters gradients, or takes them away."""
     for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if resident and parameter.requires_grad else None
+        parameter.grad = empty_gradient(parameter) if resident and parameter.requires_grad else None
 
 
 def first_rows(batch: Any, rows: int, few: int) -> Any:

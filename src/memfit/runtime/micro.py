@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from memfit.runtime.normalisation import normalised
+from memfit.runtime.precision import float32_sums
+
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@contextmanager
+def micro_batches(model: nn.Module, batch_norm: str, *, several: bool) -> Iterator[Callable[[], None]]:
+    """What holds while the micro-batches of one step run; call what it gives before each of them.
+
+    Args:
+        batch_norm: ``"exact"``, ``"ghost"`` or ``"frozen"``, see ``runtime/normalisation.py``.
+        several: There are two or more, so gradients are added up (``runtime/precision.py``).
+    """
+    sums = float32_sums(model) if several else nullcontext()
+    with normalised(model, batch_norm, several=several) as begin, sums:
+        yield begin
 
 
 def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | None) -> Tensor:

@@ -34,6 +34,7 @@ from memfit.runtime.job import Job, check_model, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import LossFn
+from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
@@ -56,6 +57,7 @@ def profile(
     micro_batch_size: int | None = None,
     limit_bytes: int | None = None,
     device: str | Device | None = None,
+    batch_norm: str = "exact",
 ) -> Profile:
     """What one step of the effective batch does, at every micro-batch size worth considering.
 
@@ -68,20 +70,22 @@ def profile(
         limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
         device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
             allocator rounds them. Default: the speeds of a large accelerator.
+        batch_norm: As in :func:`memfit.fit`.
 
     Raises:
         ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable, or no
-            device is called so.
+            device or ``batch_norm`` is called so.
         InexactAccumulation: The rows of the batch do not agree.
-        UnsupportedModel: Parameters on several devices.
+        UnsupportedModel: Parameters on several devices, or a layer cannot be as ``batch_norm`` says.
     """
     place = check_model(model)
     card = device_named(device) if isinstance(device, str) else device
     rows = rows_of(batch)
-    job = Job(model, loss_fn, batch, optimizer)
+    job = Job(model, loss_fn, batch, optimizer, batch_norm)
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in model.parameters())
     compiled = compiled_part(model)
+    check_batch_norm(model, batch_norm, compiled)
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
     graphs, residents, update, points = _recorded(job, place, counts, card, limit_bytes)
@@ -147,6 +151,7 @@ def _in_blocks(residents: Residents, update: Update, block_bytes: int) -> Reside
     """The residents as the allocator of the device rounds them."""
     if block_bytes == 1:
         return residents
+    summed_bytes = None if residents.summed_bytes is None else in_blocks(residents.summed_sizes, block_bytes)
     state = [storage.size_bytes for storage in update.first.graph.storages if storage.persists]
     return replace(
         residents,
@@ -154,6 +159,7 @@ def _in_blocks(residents: Residents, update: Update, block_bytes: int) -> Reside
         gradients_bytes=in_blocks(residents.gradient_sizes, block_bytes),
         optimizer_bytes=residents.optimizer_bytes - sum(state) + in_blocks(state, block_bytes),
         batch_bytes=in_blocks(residents.batch_sizes, block_bytes),
+        summed_bytes=summed_bytes,
     )
 
 

@@ -33,6 +33,7 @@ from memfit.core.devices import Roofline
 from memfit.core.graph import NO_UPDATE, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
 from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import resident_bytes
+from memfit.runtime.precision import empty_gradient, set_gradient
 from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
 
@@ -82,7 +83,7 @@ def record_optimizer(
     twin = _twin(optimizer, make, for_cuda=for_cuda)
     for parameter in _parameters(twin):
         if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = empty_gradient(parameter)
     try:
         first, later = (_step(twin, _UpdateProbe(device, number)) for number in (_EARLY, _LATE))
         return Update(first, later, resident_bytes(_state(twin)))
@@ -107,12 +108,14 @@ def with_real_costs(update: Update, optimizer: torch.optim.Optimizer, free_bytes
         if id(tensor) not in clones:
             copied = tensor.detach().clone()
             clones[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+            if isinstance(tensor, nn.Parameter):
+                set_gradient(clones[id(tensor)], None, tensor.grad_dtype)
         return clones[id(tensor)]
 
     try:
         twin = _twin(optimizer, make, only=chosen)
         for parameter in _parameters(twin):
-            parameter.grad = torch.rand_like(parameter) * 1e-3
+            parameter.grad = torch.rand_like(parameter, dtype=parameter.grad_dtype) * 1e-3
         place = chosen[0].device
         runs = [_step(twin, probe_for(place)()) for _ in range(1 + _REPEATS)]
     except Exception as error:  # one of the user's own may not take clones
