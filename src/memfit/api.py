@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,12 +88,10 @@ def fit(
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
             ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
-        batch_norm: What BatchNorm layers in training mode do. ``"exact"``: they see the whole batch, so it is
-            not split. ``"frozen"``: they run on their running statistics, as in eval mode, during the
-            step only. ``"ghost"``: each micro-batch is normalised by its own statistics. That is another
-            gradient than the whole batch's (ghost batch normalisation, Hoffer et al. 2017,
-            arXiv:1705.08741) and depends on the micro-batch size; the running statistics are still updated
-            once a step, with those of the whole batch.
+        batch_norm: ``"exact"``: BatchNorm in training mode sees the whole batch, which is not split.
+            ``"frozen"``: it runs as in eval mode during a step. ``"ghost"``: each micro-batch is normalised
+            by its own statistics, which is ANOTHER GRADIENT than the whole batch's (Hoffer et al. 2017,
+            arXiv:1705.08741); running statistics are updated once a step, by those of the whole batch.
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
@@ -102,37 +101,36 @@ def fit(
         InexactAccumulation: The batch would have to be split, and no exact way is known.
         UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
-
-    Parameters in bfloat16 or float16: gradients of micro-batches are added up in float32 and rounded to the
-    parameter's type once a step. To get the float32 sums themselves, for an optimizer that takes them, set
-    ``parameter.grad_dtype = torch.float32`` before.
     """
     place = check_model(model)
     check_batch_norm(model, batch_norm, compiled_part(model))
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
-    pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
-    with by_rows(model, batch_norm):
-        counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
+    job = Job(model, loss_fn, batch, optimizer, batch_norm)
+    counter = _counter(job, count, micro_batch_size)
     owner = _needs_whole(model, counter)
     _refuse_parts(owner, rows, micro_batch_size)
-    whole_only = owner is not None and micro_batch_size is None
-    job = Job(model, loss_fn, batch, optimizer, batch_norm)
-    size = rows if whole_only else micro_batch_size
+    size = rows if owner is not None and micro_batch_size is None else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
         return _uncoupled(found, batch_norm, pinned=micro_batch_size is not None)
 
-    def find(current: Profile) -> Plan:
-        return find_plan(current, memory=budget_bytes)
-
+    find = partial(find_plan, memory=budget_bytes)
     profile = profiled_within(budget_bytes, profile)
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
     accumulation = Accumulation(model, loss_fn, counter, batch_norm)
     return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
+
+
+def _counter(job: Job, count: str | Counter, micro_batch_size: int | None) -> Counter | None:
+    """What parts are weighted by; a batch that is pinned whole need not be asked."""
+    if count == "auto" and micro_batch_size is not None and micro_batch_size >= rows_of(job.batch):
+        return None
+    with by_rows(job.model, job.batch_norm):
+        return counter_for(count, job.model, job.loss_fn, job.batch)
 
 
 def _planned(

@@ -163,7 +163,11 @@ def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
         prepare_gradients(job.model, resident=False)
         batch = faker.batch(part)
         small = job._replace(batch=batch)
-        graph = record_part(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+        try:
+            graph = record_part(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+        except Exception as error:  # a micro-batch of several may do what the whole batch does not
+            _log.info("fake tensors do not do the whole batch (%s: %s)", type(error).__name__, error)
+            return False
     return forward_bytes(graph) == point.made_bytes
 
 

@@ -113,6 +113,10 @@ class Step:
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
 
+        Parameters in bfloat16 or float16: gradients of micro-batches are added up in float32 and rounded to
+        the parameter's type once. To get the float32 sums themselves, for an optimizer that takes them, set
+        ``parameter.grad_dtype = torch.float32`` before ``fit``.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
             ValueError: The batch is empty, or the loss is no scalar.
