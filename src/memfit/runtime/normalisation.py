@@ -15,7 +15,10 @@ Note [Pooled statistics]
     between the micro-batches. The n-th call of a layer in a micro-batch pools with the n-th of the others.
  3. After the last micro-batch the layer's own update is made of them, once for each call: its momentum, or
     1/num_batches_tracked. If the body raises, there is none.
- 4. Rows that do not run (a micro-batch of weight 0) are in no statistics.
+ 4. A forward that runs again in the backward (the user's own checkpoint) does not count, while in a plain
+    step it updates the statistics once more (pytorch#96136). Nor does one on other tensors than the layer's
+    own (``functional_call``), which are written as ever.
+ 5. Rows that do not run (a micro-batch of weight 0) are in no statistics.
 """
 
 from __future__ import annotations
@@ -171,25 +174,27 @@ class _Pool:
 class _LayerPools:
     """A layer, its pools in the order of its calls, and its statistics while its forward runs."""
 
-    __slots__ = ("calls", "layer", "own", "pools")
+    __slots__ = ("calls", "counts", "layer", "own", "pools", "running")
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
+        self.running = layer.running_mean
         self.calls = 0
+        self.counts = True
         self.pools = [_Pool(layer)] if _updates(layer) else []
         self.own: tuple[float | None, dict[str, Tensor | None]] | None = None
 
     def enter(self, layer: nn.Module, args: Any) -> None:
         """Before the forward: zeros in place of the running statistics."""
-        if not _updates(self.layer):
-            return
         table = self.layer._buffers
+        self.counts = torch._C._current_autograd_node() is None
+        if not _updates(self.layer) or (self.counts and table["running_mean"] is not self.running):
+            return
         self.own = self.layer.momentum, {name: table[name] for name in _STATISTICS}
         self.layer.momentum = 1.0
         with torch.no_grad():
-            for name in _STATISTICS[:2]:
-                table[name] = torch.zeros_like(getattr(self.layer, name))
-        table["num_batches_tracked"] = None
+            for name, own in self.own[1].items():
+                table[name] = None if own is None else torch.zeros_like(own)
 
     def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         """After the forward, also where it raised: puts its statistics back, and pools what it left."""
@@ -197,9 +202,9 @@ class _LayerPools:
             return
         (self.layer.momentum, own), self.own = self.own, None
         table = self.layer._buffers
-        mean, variance = (table[name] for name in _STATISTICS[:2])
+        mean, variance, _ = (table[name] for name in _STATISTICS)
         table.update(own)
-        if not isinstance(output, Tensor) or mean is None or variance is None:
+        if not self.counts or not isinstance(output, Tensor) or mean is None or variance is None:
             return
         if self.calls == len(self.pools):
             self.pools.append(_Pool(self.layer))
