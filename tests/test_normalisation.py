@@ -437,3 +437,15 @@ def test_gradients_differ_from_those_of_the_whole_batch_as_is_said() -> None:
     fitted(model, batch, "ghost", 4)(batch)
     loss_fn(twin, batch).backward()
     assert not torch.allclose(gradients(model)[0], gradients(twin)[0], rtol=0.01)
+
+
+def test_a_call_on_other_statistics_than_the_layers_own_writes_those() -> None:
+    layer, x = nn.BatchNorm1d(WIDTH), batch_of()["x"]
+    plain = copy.deepcopy(layer)
+    others = {name: b.clone() for name, b in layer.named_buffers()}
+    with normalised(layer, "ghost", several=True) as begin:
+        begin()
+        torch.func.functional_call(layer, others, (x,))
+    assert_close(buffers(layer), buffers(plain), 0)
+    plain(x)
+    assert_close(others, buffers(plain), 0)
