@@ -60,9 +60,9 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def micro_gradients(model: nn.Module, batch: Batch, size: int) -> list[list[Tensor]]:
     """The gradient of each weighted micro-batch alone, in the parameters' own precision."""
     rows = len(batch["x"])
-    found = []
+    found, twin = [], copy.deepcopy(model)
     for part in split(batch, [size] * (rows // size)):
-        twin = copy.deepcopy(model)
+        twin.zero_grad()
         (loss_fn(twin, part) * (size / rows)).backward()
         found.append(gradients(twin))
     return found
@@ -151,6 +151,37 @@ def test_one_micro_batch_is_the_plain_step_to_the_bit(dtype: torch.dtype) -> Non
     loss = loss_fn(twin, batch)
     loss.backward()
     assert torch.equal(fitted(model, batch, 24)(batch), loss.detach())
+    assert_equal(gradients(model), gradients(twin))
+
+
+def test_a_loss_in_reduced_precision_is_added_up_in_float32() -> None:
+    def in_bfloat16(m: nn.Module, b: Batch) -> Tensor:
+        return F.mse_loss(m(b["x"].bfloat16()), b["y"].bfloat16())
+
+    model, batch = mlp(), batch_of(30)
+    losses = [float(in_bfloat16(model, part).detach()) for part in split(batch, [3] * 10)]
+    loss = memfit.fit(model, in_bfloat16, batch, memory="1GiB", count="rows", micro_batch_size=3)(batch)
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) - sum(losses) / 10) < 1e-6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputation_changes_no_bit_of_the_sums(dropout: float) -> None:
+    model, batch = mlp(width=64), batch_of(256)
+    model.add_module("dropout", nn.Dropout(dropout))
+    twin = copy.deepcopy(model)
+    free = fitted(model, batch, 64)
+    with pytest.raises(memfit.InfeasibleBudget) as refused:
+        memfit.find_plan(free.profile, memory=1)
+    step = fitted(model, batch, 64, memory=refused.value.needed_bytes)
+    assert step.plan.recomputes > 0
+    assert step.plan.gradient_accumulation_steps == 4
+    torch.manual_seed(3)
+    step(batch)
+    torch.manual_seed(3)
+    with float32_sums(twin):
+        for part in split(batch, [64] * 4):
+            (loss_fn(twin, part) * 0.25).backward()
     assert_equal(gradients(model), gradients(twin))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memfit.runtime.normalisation import normalised
-from memfit.runtime.precision import float32_sums
+from memfit.runtime.precision import SUM, float32_sums
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -30,6 +31,8 @@ def micro_batches(model: nn.Module, batch_norm: str, *, several: bool) -> Iterat
 def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | None) -> Tensor:
     """The loss of one micro-batch times its weight in the effective batch; None: it is the whole batch.
 
+    One in reduced precision is weighted, and so added up, in float32.
+
     Raises:
         TypeError: ``loss_fn`` returned something else than a tensor.
         ValueError: The loss is not one number, or has no graph to go backward through.
@@ -41,7 +44,9 @@ def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: float | 
             ".item() or torch.no_grad() in loss_fn, and train a model with requires_grad parameters"
         )
     loss = loss.reshape(())
-    return loss if weight is None else loss * weight
+    if weight is None:
+        return loss
+    return loss.to(torch.promote_types(loss.dtype, SUM)) * weight
 
 
 def one_number(loss: object) -> Tensor:
