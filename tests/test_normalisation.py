@@ -264,10 +264,13 @@ class Checkpointed(nn.Module):
 
 
 class TwoThings(nn.BatchNorm1d):
-    """A layer with a forward of its own, as timm has."""
+    """A layer with a forward of its own, as timm has, which also pools small micro-batches over the rows."""
+
+    pools = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
+        out = F.relu(super().forward(input))
+        return out.mean(0, keepdim=True) if self.pools and len(out) < 8 else out
 
 
 @pytest.mark.parametrize(
@@ -449,3 +452,15 @@ def test_a_call_on_other_statistics_than_the_layers_own_writes_those() -> None:
     assert_close(buffers(layer), buffers(plain), 0)
     plain(x)
     assert_close(others, buffers(plain), 0)
+
+
+def test_rows_are_counted_where_they_go_in() -> None:
+    layer, x = TwoThings(WIDTH), batch_of()["x"]
+    plain = copy.deepcopy(layer)
+    layer.pools = True
+    with normalised(layer, "ghost", several=True) as begin:
+        for part in x.split([20, 4]):
+            begin()
+            layer(part)
+    plain(x)
+    assert_close(buffers(layer), buffers(plain))

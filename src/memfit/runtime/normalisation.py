@@ -208,8 +208,9 @@ class _LayerPools:
             return
         if self.calls == len(self.pools):
             self.pools.append(_Pool(self.layer))
+        seen = args[0] if args else output  # a subclass may return something of another size
         with torch.no_grad():
-            self.pools[self.calls].add(mean, variance, output.numel() // output.shape[1])
+            self.pools[self.calls].add(mean, variance, seen.numel() // seen.shape[1])
         self.calls += 1
 
     @torch.no_grad()
