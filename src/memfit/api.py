@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from memfit.core.frontier import frontier
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
-from memfit.errors import InexactAccumulation, InfeasibleBudget
+from memfit.errors import InexactAccumulation, InfeasibleBudget, UnsupportedModel
 from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
@@ -27,6 +28,8 @@ from memfit.runtime.count import Counter, counter_for
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
+from memfit.runtime.normalisation import by_rows, check_batch_norm
+from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.rowwise import are_independent, audit_of_rows
 from memfit.runtime.step import Step, Verdict
@@ -54,6 +57,10 @@ __all__ = [
 
 
 _MOST_REFUSALS = 3
+_OTHER_STATISTICS = (
+    ", or say batch_norm='frozen' (its running statistics, as in eval mode) or batch_norm='ghost' (each "
+    "micro-batch by its own statistics, which is another gradient)"
+)
 
 
 def fit(
@@ -65,6 +72,7 @@ def fit(
     optimizer: Optimizers = None,
     micro_batch_size: int | None = None,
     count: str | Counter | Mapping[str, str | Counter] = "auto",
+    batch_norm: str = "exact",
     profile: Profile | None = None,
     outputs_fn: OutputsFn | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -84,6 +92,10 @@ def fit(
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
             ``micro_batch -> number``; one for each term of a mapping. ``"auto"`` finds the one under which
             the losses add up. ``"coupled"``: none does, run in two passes (see ``outputs_fn``).
+        batch_norm: ``"exact"``: BatchNorm in training mode sees the whole batch, which is not split.
+            ``"frozen"``: it runs as in eval mode during a step. ``"ghost"``: each micro-batch is normalised
+            by its own statistics, which is ANOTHER GRADIENT than the whole batch's (Hoffer et al. 2017,
+            arXiv:1705.08741); running statistics are updated once a step, by those of the whole batch.
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
@@ -97,23 +109,22 @@ def fit(
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
         InexactAccumulation: The batch would have to be split, and no exact way is known.
-        UnsupportedModel: The model is on several devices.
+        UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
     """
     place = check_model(model)
+    check_batch_norm(model, batch_norm, compiled_part(model))
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
-    pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
     if count == "coupled" and outputs_fn is None:
         raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on the outputs of all rows")
     loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, each_optimizer(optimizer) or None)
-    counter = None
-    if count != "coupled" and not (pinned_whole and count == "auto"):
-        counter = counter_for(count, model, loss, batch)
+    job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm)
+    counter = _counter(job, count, micro_batch_size)
     owner = _needs_whole(counter)
     if outputs_fn is not None and counter is None and owner is not None:
-        audited = audit_of_rows(job)
+        with by_rows(model, batch_norm):
+            audited = audit_of_rows(job)
         if are_independent(audited):
             job, owner = job._replace(is_two_pass=True), None
         elif count == "coupled":
@@ -123,17 +134,25 @@ def fit(
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
-        return _uncoupled(found, pinned=micro_batch_size is not None)
+        return _uncoupled(found, batch_norm, pinned=micro_batch_size is not None)
 
-    def find(current: Profile) -> Plan:
-        return find_plan(current, memory=budget_bytes)
-
+    find = partial(find_plan, memory=budget_bytes)
     profile = profiled_within(budget_bytes, profile)
     if owner is not None or any(graph.coupled for graph in profile.graphs):
         counter = None  # a later, larger batch must not be split either
     plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    run = Accumulation(model, loss, counter, job.is_two_pass, scaler)
+    run = Accumulation(model, loss, counter, job.is_two_pass, scaler, batch_norm)
     return Step(run, plan, profile, optimizer=optimizer, find=find)
+
+
+def _counter(job: Job, count: Any, micro_batch_size: int | None) -> Any:
+    """What parts are weighted by; a batch that is pinned whole need not be asked."""
+    if count == "coupled" or (
+        count == "auto" and micro_batch_size is not None and micro_batch_size >= rows_of(job.batch)
+    ):
+        return None
+    with by_rows(job.model, job.batch_norm):
+        return counter_for(count, job.model, job.loss_fn, job.batch)
 
 
 def _planned(
@@ -201,18 +220,24 @@ def _budget_bytes(memory: str | int | None, place: torch.device) -> int:
     return parse_memory(memory, total_bytes=device_memory(place)[1] if is_share else None)
 
 
-def _uncoupled(profiled: Profile, *, pinned: bool) -> Profile:
+def _uncoupled(profiled: Profile, batch_norm: str, *, pinned: bool) -> Profile:
     """Only micro-batches under which no layer sees fewer rows than it would in the whole batch."""
     coupled = next((name for graph in profiled.graphs for name in graph.coupled), None)
     if coupled is None:
         return profiled
+    if batch_norm == "frozen":
+        raise UnsupportedModel(
+            f"{coupled} computes its statistics over the rows it sees and is no BatchNorm module, so it "
+            "cannot be frozen: use torch.nn.BatchNorm, or training=False there, or batch_norm='exact'",
+            owner=coupled,
+        )
     whole = tuple(graph for graph in profiled.graphs if graph.rows >= profiled.rows)
     if not whole:
         assert pinned
         raise InexactAccumulation(
             f"{coupled} computes its statistics over the rows it sees, so micro-batches would change the "
             f"gradient: leave micro_batch_size out (memfit then keeps the batch of {profiled.rows} whole and "
-            "recomputes instead), or put the layer into eval mode",
+            f"recomputes instead){_OTHER_STATISTICS if batch_norm == 'exact' else ''}",
             owner=coupled,
         )
     return replace(profiled, graphs=whole)

@@ -221,6 +221,8 @@ class Level(NamedTuple):
 class Residents:
     """Bytes that live through the whole step, by category.
 
+    ``summed_bytes`` is what gradients take while micro-batches are added up, where that is not as much as
+    afterwards: sums in float32 for parameters in reduced precision, pooled statistics of BatchNorm.
     The sizes say which blocks they lie in, as far as that is known: they matter to what is reserved only.
     """
 
@@ -231,6 +233,15 @@ class Residents:
     parameter_sizes: tuple[int, ...] = ()
     gradient_sizes: tuple[int, ...] = ()
     batch_sizes: tuple[int, ...] = ()
+    summed_bytes: int | None = None
+    summed_sizes: tuple[int, ...] = ()
+
+    @property
+    def resident_gradients(self) -> tuple[int, tuple[int, ...]]:
+        """Bytes and blocks of the gradients that are there while a second micro-batch runs."""
+        if self.summed_bytes is None:
+            return self.gradients_bytes, self.gradient_sizes
+        return self.summed_bytes, self.summed_sizes
 
     @property
     def totals(self) -> tuple[int, int, int, int]:

@@ -15,7 +15,8 @@ Note [Blocks of a step]
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import NamedTuple
 
 from memfit.core.allocator import CachingAllocator, Memory
@@ -101,7 +102,8 @@ class _TrainingRun:
     def __init__(self, profile: Profile, graph: StepGraph, allocator: CachingAllocator) -> None:
         residents = profile.residents
         self.allocator = allocator
-        self._gradients = list(_blocks(residents.gradients_bytes, residents.gradient_sizes))
+        self._gradients = list(_blocks(*residents.resident_gradients))
+        self._rounded = list(_blocks(residents.gradients_bytes, residents.gradient_sizes))
         self._updates = [moves(update, {}) for update in (profile.first_update, profile.update)]
         self._gradients_resident = graph.gradients_resident
         for size_bytes in (
@@ -118,10 +120,20 @@ class _TrainingRun:
         gradients = [allocate(size) for size in self._gradients] if self._gradients_resident else []
         for micro_batch in micro_batches:
             gradients.extend(self._play(micro_batch))
+        if self._gradients_resident and self._rounded != self._gradients:
+            gradients = list(self._round(gradients))
         self._play(self._updates[0])  # what it leaves is the optimizer's state, which stays
         del self._updates[:-1]
         for handle in gradients:
             free(handle)
+
+    def _round(self, sums: Iterable[int]) -> Iterator[int]:
+        """The gradients in the type that the optimizer finds: each is made before its sum goes."""
+        for size_bytes, handle in zip_longest(self._rounded, sums):
+            if size_bytes is not None:
+                yield self.allocator.allocate(size_bytes)
+            if handle is not None:
+                self.allocator.free(handle)
 
     def _play(self, micro_batch: Iterable[Move]) -> list[int]:
         """Plays the moves of a micro-batch; returns what is left."""

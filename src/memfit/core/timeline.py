@@ -421,7 +421,7 @@ def play(walk: Walk) -> Run:
 def base_bytes(profile: Profile, graph: StepGraph) -> int:
     """Bytes alive under every moment of a micro-batch: with one micro-batch gradients grow in the run."""
     residents = profile.residents
-    gradients = (residents.gradients_bytes if graph.gradients_resident else 0) + graph.held_bytes
+    gradients = (residents.resident_gradients[0] if graph.gradients_resident else 0) + graph.held_bytes
     return residents.total_bytes - residents.gradients_bytes + gradients + profile.unexplained_bytes
 
 
@@ -455,7 +455,8 @@ def events(
         first_step: The optimizer's state is born in this step, so it weighs nothing before the update.
     """
     residents = profile.residents
-    resident_gradients = (residents.gradients_bytes if graph.gradients_resident else 0) + graph.held_bytes
+    resident_gradients = residents.resident_gradients[0] if graph.gradients_resident else 0
+    resident_gradients += graph.held_bytes
     if graph.held_bytes:
         yield from _loss_events(profile, first=first_step)
     for moment in run(graph, dropped, alignment_bytes=profile.alignment_bytes).moments:

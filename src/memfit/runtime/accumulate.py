@@ -21,6 +21,7 @@ from memfit.runtime.micro import (
     Weighed,
     Weight,
     alone,
+    micro_batches,
     refuse_no_gradients,
     weighted_loss,
 )
@@ -37,6 +38,7 @@ class Accumulation:
         is_two_pass: The loss is taken on the outputs of all parts, see ``runtime/passes.py``; then the loss
             is an :class:`OutputsLoss`. With neither, the batch must stay whole.
         scaler: Its scale multiplies every gradient, and not the loss that is returned.
+        batch_norm: How BatchNorm layers normalise, see ``runtime/normalisation.py``.
     """
 
     model: nn.Module
@@ -44,13 +46,15 @@ class Accumulation:
     counter: Counter | Mapping[str, Counter] | None
     is_two_pass: bool = False
     scaler: torch.amp.GradScaler | None = None
+    batch_norm: str = "exact"
 
     def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Weighed:
         """The loss of the whole batch and its terms, without a graph; its gradient is added to ``.grad``."""
         refuse_no_gradients()
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
-            return self._run_part(parts[0], None, decisions)
+            with micro_batches(self.model, self.batch_norm, several=False):
+                return self._run_part(parts[0], None, decisions)
         if self.counter is None and not self.is_two_pass:
             raise InexactAccumulation(
                 f"the batch has {rows_of(batch)} rows and the plan keeps {micro_batch_size} whole, "
@@ -65,13 +69,18 @@ class Accumulation:
         """Adds up the micro-batches."""
         if self.counter is None:
             assert isinstance(self.loss_fn, OutputsLoss)
-            return run_in_two_passes(self.model, self.loss_fn, batch, parts, decisions, self.scaler)
+            return run_in_two_passes(
+                self.model, self.loss_fn, batch, parts, decisions, self.scaler, self.batch_norm
+            )
         total: Weighed | None = None
-        for part, weight in zip(parts, weights(self.counter, parts), strict=True):
-            if _is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
-                continue
-            loss = self._run_part(part, weight, decisions)
-            total = loss if total is None else _sum(total, loss)
+        weighted = list(zip(parts, weights(self.counter, parts), strict=True))
+        with micro_batches(self.model, self.batch_norm, several=True) as begin:
+            for part, weight in weighted:
+                if _is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
+                    continue
+                begin()
+                loss = self._run_part(part, weight, decisions)
+                total = loss if total is None else _sum(total, loss)
         assert total is not None
         return total
 

@@ -93,8 +93,9 @@ _CURES: dict[Kind, tuple[str, ...]] = {
         _KEEP_WHOLE,
     ),
     Kind.COUPLED_LAYER: (
-        "put the layer into eval mode if its statistics may be frozen, or use one that works row by row "
-        "(GroupNorm, LayerNorm)",
+        "for BatchNorm: fit(..., batch_norm='frozen') if it may run on its running statistics, or 'ghost' if "
+        "each micro-batch may be normalised by its own (another gradient)",
+        "put the layer into eval mode, or use one that works row by row (GroupNorm, LayerNorm)",
         _KEEP_WHOLE,
     ),
     Kind.STATEFUL: (

@@ -42,6 +42,7 @@ def basis_of(job: Job) -> Basis:
             ", ".join(f"{n.removeprefix('batch')} {_tensor(t)}".strip() for n, t in tensors_of(job.batch)),
         ),
         ("optimizer", " and ".join(map(_optimizer, each_optimizer(job.optimizer))) or "none"),
+        ("batch norm", job.batch_norm),
         ("settings", ", ".join(f"{name} {read()}" for name, read in _SETTINGS.items())),
     )
 
@@ -58,6 +59,7 @@ def _model(model: nn.Module) -> str:
     """The kind, the size, and a digest of every module, parameter and buffer."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     told = [f"{name} {_tensor(t)} {t.requires_grad}" for name, t in tensors]
+    told += [str(p.grad_dtype) for p in model.parameters()]
     for name, module in model.named_modules():
         told += [name, type(module).__qualname__, module.extra_repr(), *_told(type(module).forward)]
         told += [f"{key}={value!r}" for key, value in vars(module).items() if isinstance(value, _PLAIN)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memfit.runtime.batch import map_tensors
+from memfit.runtime.precision import set_gradient
 
 
 @contextmanager
@@ -83,7 +84,9 @@ class Faker:
         else:
             plain = self.mode.from_tensor(tensor.detach())
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(plain, requires_grad=tensor.requires_grad)
+            parameter = nn.Parameter(plain, requires_grad=tensor.requires_grad)
+            set_gradient(parameter, None, tensor.grad_dtype)
+            return parameter
         return plain.requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from memfit.core.batching import balanced_parts
 from memfit.errors import UnsupportedModel
 from memfit.runtime.batch import split, tensors_of
 from memfit.runtime.hooks import refuse_accumulation_hooks
-from memfit.runtime.micro import LossFn, weighted_loss
+from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
+from memfit.runtime.normalisation import is_pooled
+from memfit.runtime.precision import empty_gradient
 from memfit.runtime.probe import Probe
 from memfit.runtime.record import Differentiable, Recording, record
 from memfit.runtime.rehearse import second_pass
@@ -30,6 +33,7 @@ class Job(NamedTuple):
     loss_fn: LossFn
     batch: Any
     optimizer: Optimizers
+    batch_norm: str = "exact"
     is_two_pass: bool = False
 
 
@@ -69,35 +73,40 @@ def record_part(
     sizes = balanced_parts(rows, count)
     part = split(batch, sizes)[0]
     weight = None if count == 1 else sizes[0] / rows
-    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
 
     def forward() -> Differentiable:
         return weighted_loss(job.model, job.loss_fn, part, weight)
 
-    if job.is_two_pass and resident:
-        forward, seeds = second_pass(job.model, job.loss_fn, part)
-        gradients += seeds
-    externals = [
-        *job.model.parameters(),
-        *job.model.buffers(),
-        *gradients,
-        *(t for _, t in tensors_of(batch)),
-    ]
-    return record(
-        job.model,
-        forward,
-        externals,
-        probe,
-        rows=sizes[0],
-        gradients_resident=resident,
-        hold_saved=hold_saved,
-    )
+    with micro_batches(job.model, job.batch_norm, several=resident):
+        gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+        if job.is_two_pass and resident:
+            forward, seeds = second_pass(job.model, job.loss_fn, part)
+            gradients += seeds
+        externals = [
+            *job.model.parameters(),
+            *job.model.buffers(),
+            *gradients,
+            *(t for _, t in tensors_of(batch)),
+        ]
+        recording = record(
+            job.model,
+            forward,
+            externals,
+            probe,
+            rows=sizes[0],
+            gradients_resident=resident,
+            hold_saved=hold_saved,
+        )
+    if job.batch_norm != "ghost":
+        return recording
+    coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))
+    return recording._replace(graph=replace(recording.graph, coupled=coupled))
 
 
 def prepare_gradients(model: nn.Module, *, resident: bool) -> None:
     """Gives the parameters gradients, or takes them away."""
     for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if resident and parameter.requires_grad else None
+        parameter.grad = empty_gradient(parameter) if resident and parameter.requires_grad else None
 
 
 def first_rows(batch: Any, rows: int, few: int) -> Any:

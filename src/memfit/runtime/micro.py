@@ -7,12 +7,15 @@ a mean over its own units (labels, rows, boxes) has a weight of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from memfit.runtime.normalisation import normalised
+from memfit.runtime.precision import SUM, float32_sums
 
 Loss = Tensor | Mapping[str, Tensor]
 LossFn = Callable[[nn.Module, Any], Loss]
@@ -53,8 +56,23 @@ def whole_loss(loss_fn: LossFn | Callable[[Any, Any], Loss], outputs_fn: Outputs
     return loss_fn if outputs_fn is None else OutputsLoss(outputs_fn, loss_fn)
 
 
+@contextmanager
+def micro_batches(model: nn.Module, batch_norm: str, *, several: bool) -> Iterator[Callable[[], None]]:
+    """What holds while the micro-batches of one step run; call what it gives before each of them.
+
+    Args:
+        batch_norm: ``"exact"``, ``"ghost"`` or ``"frozen"``, see ``runtime/normalisation.py``.
+        several: There are two or more, so gradients are added up (``runtime/precision.py``).
+    """
+    sums = float32_sums(model) if several else nullcontext()
+    with normalised(model, batch_norm, several=several) as begin, sums:
+        yield begin
+
+
 def weighted_loss(model: nn.Module, loss_fn: LossFn, part: Any, weight: Weight) -> Weighed:
     """The loss of one micro-batch times its weight in the effective batch.
+
+    One in reduced precision is weighted, and so added up, in float32.
 
     Raises:
         TypeError: ``loss_fn`` returned something else than a tensor or a mapping of tensors.
@@ -71,15 +89,20 @@ def weighed(loss: Loss, weight: Weight) -> Weighed:
         total = _in_a_graph(one_number(loss).reshape(()))
         if isinstance(weight, Mapping):
             raise ValueError("count= names terms, and loss_fn returned one tensor: give one count for it")
-        return Weighed(total if weight is None else total * weight, {})
+        return Weighed(total if weight is None else _times(total, weight), {})
     terms = {name: one_number(term, f"loss_fn's term {name!r}").reshape(()) for name, term in loss.items()}
     if not terms:
         raise ValueError("loss_fn returned a mapping without any term: return {'name': scalar tensor, ...}")
     if weight is not None:
         weights = _weight_of_each(terms, weight)
-        terms = {name: term * weights[name] for name, term in terms.items() if weights[name]}
+        terms = {name: _times(term, weights[name]) for name, term in terms.items() if weights[name]}
     first, *others = terms.values()
     return Weighed(_in_a_graph(sum(others, first)), {name: alone(term) for name, term in terms.items()})
+
+
+def _times(loss: Tensor, weight: float) -> Tensor:
+    """A loss times its weight; one in reduced precision is weighted, and so added up, in float32."""
+    return loss.to(torch.promote_types(loss.dtype, SUM)) * weight
 
 
 def _weight_of_each(terms: Mapping[str, Tensor], weight: float | Mapping[str, float]) -> Mapping[str, float]:

@@ -21,7 +21,7 @@ from memfit.core.graph import LogEntry, LogKind, Op, OpKey, StepGraph, Storage
 from memfit.runtime.batch import rows_of
 from memfit.runtime.job import Job, first_rows, prepare_gradients
 from memfit.runtime.meter import PeakMeter
-from memfit.runtime.micro import weighted_loss
+from memfit.runtime.micro import micro_batches, weighted_loss
 from memfit.runtime.preserve import gradients_of_others
 
 _FEW_ROWS = 4
@@ -78,7 +78,7 @@ def _metered(job: Job, place: torch.device, rows: int, few: int, *, resident: bo
     for _ in range(2):
         prepare_gradients(job.model, resident=resident)
         start_s = time.perf_counter()
-        with PeakMeter(place) as meter:
+        with micro_batches(job.model, job.batch_norm, several=resident), PeakMeter(place) as meter:
             loss = weighted_loss(job.model, job.loss_fn, part, None if few == rows else few / rows)
             with gradients_of_others(loss.roots, job.model):
                 loss.backward()

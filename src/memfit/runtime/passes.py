@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import join, map_tensors, rows_of, tensors_of
-from memfit.runtime.micro import OutputsLoss, Weighed, alone, weighed, without_autocast
+from memfit.runtime.micro import OutputsLoss, Weighed, alone, micro_batches, weighed, without_autocast
+from memfit.runtime.normalisation import normalised
 from memfit.runtime.preserve import Buffers, RandomStreams
 from memfit.runtime.replay import Decisions, Replayer
 
@@ -71,6 +72,7 @@ def run_in_two_passes(
     parts: Sequence[Any],
     decisions: Decisions,
     scaler: torch.amp.GradScaler | None = None,
+    batch_norm: str = "exact",
 ) -> Weighed:
     """The loss of the whole batch, without a graph; adds its gradient to ``.grad``. See Note [Two passes].
 
@@ -78,31 +80,51 @@ def run_in_two_passes(
         InexactAccumulation: An output has no row for each row, or the second pass gave other outputs.
     """
     streams, buffers = RandomStreams.now(), Buffers(model)
-    pieces = [outputs_without_graph(model, loss_fn, part) for part in parts]
+    with normalised(model, batch_norm, several=False):  # statistics of a step are pooled in one of the passes
+        pieces = [outputs_without_graph(model, loss_fn, part) for part in parts]
     seen = [_sampled(piece) for piece in pieces]
-    joined = loss_of_all(loss_fn, pieces, batch)
-    joined.backward(scaler)
-    loss = joined.loss._replace(total=alone(joined.loss.total))
-    gradients = [leaf.grad for leaf in joined.leaves]
-    del joined
+    loss, gradients = _loss_and_gradients(loss_fn, pieces, batch, scaler)
     after = RandomStreams.now()
     streams.restore()
     buffers.restore()
     first = 0
-    for part, sample in zip(parts, seen, strict=True):
-        rows = rows_of(part)
-        seeds = [None if g is None else g.narrow(0, first, rows) for g in gradients]
-        first += rows
-        torch.clear_autocast_cache()  # as in weighted_loss
-        with Replayer(model, decisions) if decisions else nullcontext():
-            outputs = loss_fn.outputs_fn(model, part)
-        _refuse_other_outputs(sample, _sampled(outputs))
-        seeded = with_gradients(outputs, seeds)
-        del outputs
-        seeded.backward()
-        del seeded
+    with micro_batches(model, batch_norm, several=True) as begin:
+        for part, sample in zip(parts, seen, strict=True):
+            rows = rows_of(part)
+            begin()
+            seeds = [None if g is None else g.narrow(0, first, rows) for g in gradients]
+            _run_again(model, loss_fn, part, seeds, sample, decisions)
+            first += rows
     after.restore()
     return loss
+
+
+def _loss_and_gradients(
+    loss_fn: OutputsLoss, pieces: list[Any], batch: Any, scaler: torch.amp.GradScaler | None
+) -> tuple[Weighed, list[Tensor | None]]:
+    """The loss, without a graph, and its gradient with respect to each of the joined outputs."""
+    joined = loss_of_all(loss_fn, pieces, batch)
+    joined.backward(scaler)
+    loss = joined.loss._replace(total=alone(joined.loss.total))
+    return loss, [leaf.grad for leaf in joined.leaves]
+
+
+def _run_again(
+    model: nn.Module,
+    loss_fn: OutputsLoss,
+    part: Any,
+    gradients: list[Tensor | None],
+    sample: list[list[complex]],
+    decisions: Decisions,
+) -> None:
+    """A micro-batch of the second pass."""
+    torch.clear_autocast_cache()  # as in weighted_loss
+    with Replayer(model, decisions) if decisions else nullcontext():
+        outputs = loss_fn.outputs_fn(model, part)
+    _refuse_other_outputs(sample, _sampled(outputs))
+    seeded = with_gradients(outputs, gradients)
+    del outputs
+    seeded.backward()
 
 
 def outputs_without_graph(model: nn.Module, loss_fn: OutputsLoss, part: Any) -> Any:

@@ -39,6 +39,7 @@ from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, opt
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
+from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part, record_opaque
 from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
 from memfit.runtime.record import Recording
@@ -63,6 +64,7 @@ def profile(
     limit_bytes: int | None = None,
     device: str | Device | None = None,
     outputs_fn: OutputsFn | None = None,
+    batch_norm: str = "exact",
 ) -> Profile:
     """What one step of the effective batch does, at every micro-batch size worth considering.
 
@@ -77,15 +79,16 @@ def profile(
             allocator rounds them. Default: the speeds of a large accelerator.
         outputs_fn: ``outputs_fn(model, batch)``; then it is ``loss_fn(outputs, batch)``, and several
             micro-batches are run in two passes, as a loss that couples the rows needs.
+        batch_norm: As in :func:`memfit.fit`.
 
     Raises:
         ValueError: The batch is empty, the loss is no scalar or has no graph, nothing is trainable, or no
-            device is called so.
+            device or ``batch_norm`` is called so.
         InexactAccumulation: The rows of the batch do not agree, or outputs have none.
-        UnsupportedModel: Parameters on several devices.
+        UnsupportedModel: Parameters on several devices, or a layer cannot be as ``batch_norm`` says.
     """
     loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, each_optimizer(optimizer) or None, outputs_fn is not None)
+    job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm, outputs_fn is not None)
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 
@@ -104,6 +107,7 @@ def profile_job(
     counts = _counts(rows, micro_batch_size)
     real = not any(is_fake(p) for p in job.model.parameters())
     compiled = compiled_part(job.model)
+    check_batch_norm(job.model, job.batch_norm, compiled)
     if compiled is not None:
         return _opaque(job, place, counts, compiled, limit_bytes)
     graphs, residents, update, points, loss_of_all = _recorded(job, place, counts, card, limit_bytes)
@@ -217,6 +221,7 @@ def _in_blocks(residents: Residents, update: Update, block_bytes: int) -> Reside
     """The residents as the allocator of the device rounds them."""
     if block_bytes == 1:
         return residents
+    summed_bytes = None if residents.summed_bytes is None else in_blocks(residents.summed_sizes, block_bytes)
     state = [storage.size_bytes for storage in update.first.graph.storages if storage.persists]
     return replace(
         residents,
@@ -224,6 +229,7 @@ def _in_blocks(residents: Residents, update: Update, block_bytes: int) -> Reside
         gradients_bytes=in_blocks(residents.gradient_sizes, block_bytes),
         optimizer_bytes=residents.optimizer_bytes - sum(state) + in_blocks(state, block_bytes),
         batch_bytes=in_blocks(residents.batch_sizes, block_bytes),
+        summed_bytes=summed_bytes,
     )
 
 

@@ -119,6 +119,10 @@ class Step:
 
         Gradient hooks of parameters and inputs run once, on the gradient of the whole batch.
 
+        Parameters in bfloat16 or float16: gradients of micro-batches are added up in float32 and rounded to
+        the parameter's type once. To get the float32 sums themselves, for an optimizer that takes them, set
+        ``parameter.grad_dtype = torch.float32`` before ``fit``.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
             UnsupportedModel: A hook would see each micro-batch.

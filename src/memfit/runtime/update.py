@@ -36,6 +36,7 @@ from memfit.core.devices import Roofline
 from memfit.core.graph import EMPTY_GRAPH, LogEntry, LogKind, Op, OpKey, StepGraph, Storage
 from memfit.runtime.job import Optimizers, each_optimizer, optimizer_state
 from memfit.runtime.meter import resident_bytes
+from memfit.runtime.precision import empty_gradient, set_gradient
 from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
 
@@ -86,7 +87,7 @@ def record_optimizer(
     twins = [_twin(one, make, for_cuda=for_cuda) for one in optimizers]
     for parameter in _parameters(twins):
         if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = empty_gradient(parameter)
     try:
         first, later = (_step(twins, _UpdateProbe(device, number)) for number in (_EARLY, _LATE))
         return Update(first, later, resident_bytes(_state(twins)))
@@ -112,12 +113,14 @@ def with_real_costs(update: Update, optimizer: Optimizers, free_bytes: int | Non
         if id(tensor) not in clones:
             copied = tensor.detach().clone()
             clones[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+            if isinstance(tensor, nn.Parameter):
+                set_gradient(clones[id(tensor)], None, tensor.grad_dtype)
         return clones[id(tensor)]
 
     try:
         twins = [_twin(one, make, only=chosen) for one in optimizers]
         for parameter in _parameters(twins):
-            parameter.grad = torch.rand_like(parameter) * 1e-3
+            parameter.grad = torch.rand_like(parameter, dtype=parameter.grad_dtype) * 1e-3
         place = chosen[0].device
         runs = [_step(twins, probe_for(place)()) for _ in range(1 + _REPEATS)]
     except Exception as error:  # one of the user's own may not take clones
