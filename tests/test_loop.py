@@ -389,6 +389,24 @@ def test_a_hook_may_remove_itself_or_another_and_handles_keep_working(size: int)
     assert not weight._backward_hooks
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_only_hook_of_a_parameter_may_be_removed_by_the_forward(size: int) -> None:
+    model, batch = mlp(), batch_of()
+    twin = copy.deepcopy(model)
+    loss_fns: list[Any] = [loss_of]
+    step = fit(model, size, batch, lambda net, part: loss_fns[-1](net, part))
+    handle = first(model).register_hook(squares)
+
+    def removes(net: Any, part: Any) -> Tensor:
+        handle.remove()
+        return loss_of(net, part)
+
+    loss_fns.append(removes)
+    step(batch)
+    loss_of(twin, batch).backward()
+    assert_same(model, twin, size)
+
+
 def test_hooks_and_former_gradients_are_back_after_an_error() -> None:
     model, batch = mlp(), batch_of()
     loss_fns: list[Any] = [loss_of]
