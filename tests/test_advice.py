@@ -168,7 +168,7 @@ def test_updates_of_an_epoch_are_counted_with_the_last_short_batch(profile: Prof
 # ---- accumulation or recomputation ---------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(profile=strategies.profiles(most=5), share=st.floats(0.0, 1.2), size=st.sampled_from([None, 4, 2, 1]))
 def test_the_other_way_is_the_best_plan_of_the_other_sizes(
     profile: Profile, share: float, size: int | None

@@ -58,6 +58,7 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
     del former
     for name, leaf in leaves:
         _refuse_new_hooks(name, set(leaf._backward_hooks or ()) - known[name])
+    order |= dict.fromkeys(range(len(hooked)))  # the body may have removed the hooks of some
     given = [(hooked[i], gradient) for i in order if (gradient := sums[i]) is not None]
     sums.clear()
     _hand_over(given)
