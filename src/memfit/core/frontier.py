@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,24 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
         if plan is not None:
             found.append(plan)
     return [replace(plan, budget_bytes=plan.predicted_peak_bytes) for plan in undominated(found)]
+
+
+def fallbacks(profile: Profile, plan: Plan) -> Iterator[Plan]:
+    """The plans to turn to, one after the other, when memory has run out under one.
+
+    Each peaks lower than the one before: first at its micro-batch size, a tenth lower at a time, down to the
+    least; then at the smaller ones. The budget of each is what it may peak at.
+    """
+    peak_bytes, size = plan.predicted_peak_bytes, plan.micro_batch_size
+    smaller = {graph.rows for graph in profile.graphs if graph.rows < size}
+    for rows in (size, *sorted(smaller, reverse=True)):
+        planner = Planner(profile, rows)
+        least_bytes = planner.lowest().predicted_peak_bytes
+        while least_bytes < peak_bytes:
+            budget_bytes = max(peak_bytes * 9 // 10, least_bytes)
+            found = planner.fastest(budget_bytes) or planner.least(budget_bytes)
+            peak_bytes = found.predicted_peak_bytes
+            yield found
 
 
 class Point(Protocol):

@@ -1,16 +1,30 @@
-"""Leaves the world as it was: random numbers, gradients, buffers."""
+"""Leaves the world as it was: random numbers, gradients, buffers.
+
+Note [Snapshot]
+ 1. A step that starts without gradients needs no copy of any: they are dropped again. Where there are some
+    (the user adds up several steps), a copy doubles them, so it is made only where the budget has room.
+ 2. Buffers of at most 64 KiB are copied: the running statistics that BatchNorm writes, unseen by version
+    counters. Of larger ones those that the verified steps were seen to write to.
+ 3. What has no copy is watched by its version: the batch and the parameters too. Was it written to, the
+    step cannot be run again, and that is said.
+ 4. Not kept: Python attributes that the model's own code changes, and generators other than the default ones.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from memfit.runtime.meter import resident_bytes, resident_sizes
+
+_SMALL_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +61,149 @@ def same_random_streams() -> Iterator[None]:
         streams.restore()
 
 
-class Snapshot:
-    """Random streams, buffers and gradients of a model, to run a step again from its start."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A tensor as it was: its version, and a copy if there is one."""
 
-    def __init__(self, model: nn.Module) -> None:
+    tensor: Tensor
+    version: int
+    copy: Tensor | None = None
+
+    @staticmethod
+    def of(tensor: Tensor, *, copied: bool = False) -> _Kept:
+        """The present content."""
+        return _Kept(tensor, _version(tensor), tensor.detach().clone() if copied else None)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether something has written to it since, as far as can be told."""
+        moved = self.version != _version(self.tensor)
+        return moved or (self.copy is not None and not torch.equal(self.tensor.detach(), self.copy))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was written to and nothing knows what it was."""
+        return self.copy is None and self.is_changed
+
+    def restore(self) -> None:
+        """Puts the content back."""
+        if self.copy is not None:
+            self.tensor.copy_(self.copy)
+
+
+class _Buffer(NamedTuple):
+    """A buffer, its name in the model, and where its module holds it."""
+
+    name: str
+    owner: dict[str, Tensor | None]
+    key: str
+    kept: _Kept
+
+
+class Snapshot:
+    """What a step may change, to run it again from its start. See Note [Snapshot].
+
+    Args:
+        inputs: The tensors of the batch.
+        room_bytes: Gradients are copied only where all of them take no more; None: everything is copied.
+        written: The names of the large buffers that steps write to.
+
+    Attributes:
+        lasting_sizes: Bytes of each copy that a snapshot of any other step holds too.
+        passing_sizes: Bytes of each other copy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Iterable[Tensor] = (),
+        *,
+        room_bytes: int | None = None,
+        written: Collection[str] = (),
+    ) -> None:
         self._streams = RandomStreams.now()
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._gradients = [
-            (p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
-        ]
+        self._model = model
+        self._inputs = [_Kept.of(tensor) for tensor in inputs]
+        self._parameters = [_Kept.of(parameter) for parameter in model.parameters()]
+        self._buffers = list(_buffers(model, None if room_bytes is None else written))
+        self._gradients = self._present_gradients(room_bytes)
+        lasting = {b.name for b in self._buffers if _is_small(b.kept.tensor) or b.name in written}
+        self.lasting_sizes = _sizes(b.kept for b in self._buffers if b.name in lasting)
+        passing = [b.kept for b in self._buffers if b.name not in lasting]
+        passing += [kept for _, kept in self._gradients if kept is not None]
+        self.passing_sizes = _sizes(passing)
+
+    def _present_gradients(self, room_bytes: int | None) -> list[tuple[Tensor, _Kept | None]]:
+        """The leaves that collect gradients, and what each has; copied if there is room for all."""
+        inputs = (k.tensor for k in self._inputs if k.tensor.requires_grad and k.tensor.is_leaf)
+        leaves = [*(k.tensor for k in self._parameters), *inputs]
+        needed_bytes = resident_bytes(leaf.grad for leaf in leaves if leaf.grad is not None)
+        copied = room_bytes is None or needed_bytes <= room_bytes
+        return [(leaf, None if leaf.grad is None else _Kept.of(leaf.grad, copied=copied)) for leaf in leaves]
 
     def restore(self) -> None:
         """Puts everything back, in the same tensors."""
         self._streams.restore()
         with torch.no_grad():
-            for buffer, content in self._buffers:
-                buffer.copy_(content)
-            for parameter, gradient, values in self._gradients:
-                parameter.grad = gradient
-                if gradient is not None and values is not None:
-                    gradient.copy_(values)
+            for buffer in self._buffers:
+                buffer.owner[buffer.key] = buffer.kept.tensor
+                buffer.kept.restore()
+            for leaf, kept in self._gradients:
+                leaf.grad = None if kept is None else kept.tensor
+                if kept is not None:
+                    kept.restore()
+
+    def lost(self) -> str | None:
+        """What was changed since and cannot be put back; None: everything can."""
+        names = [f"'{name}'" for name, _ in self._model.named_parameters()]
+        holders = [*names, *("the batch" for _ in self._inputs)]
+        things = [("the batch", kept) for kept in self._inputs]
+        things += [(name, kept) for name, kept in zip(names, self._parameters, strict=False)]
+        things += [
+            (f"the gradient of {name}", kept)
+            for name, (_, kept) in zip(holders, self._gradients, strict=False)
+            if kept is not None
+        ]
+        things += [(f"the buffer '{buffer.name}'", buffer.kept) for buffer in self._buffers]
+        return next((name for name, kept in things if kept.is_lost), None)
+
+    def written(self) -> set[str]:
+        """The names of the large buffers to which something has written since."""
+        large = (buffer for buffer in self._buffers if not _is_small(buffer.kept.tensor))
+        return {buffer.name for buffer in large if buffer.kept.is_changed}
+
+
+def small_buffer_sizes(model: nn.Module) -> tuple[int, ...]:
+    """Bytes of each copy that a snapshot holds in any case."""
+    return tuple(b.numel() * b.element_size() for b in model.buffers() if _is_small(b))
+
+
+def _buffers(model: nn.Module, written: Collection[str] | None) -> Iterator[_Buffer]:
+    """The buffers, each tensor copied once: the small ones and, of the others, those that are ``written``."""
+    found: dict[int, _Kept] = {}
+    for prefix, module in model.named_modules():
+        for key, tensor in module._buffers.items():
+            if tensor is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                copied = written is None or _is_small(tensor) or name in written
+                if id(tensor) not in found:
+                    found[id(tensor)] = _Kept.of(tensor, copied=copied)
+                yield _Buffer(name, module._buffers, key, found[id(tensor)])
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a copy costs nothing to speak of. See Note [Snapshot] 2."""
+    return tensor.numel() * tensor.element_size() <= _SMALL_BYTES
+
+
+def _sizes(things: Iterable[_Kept]) -> tuple[int, ...]:
+    """Bytes of the copies among some things."""
+    return resident_sizes(kept.copy for kept in things if kept.copy is not None)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode cannot be, and does not count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 @contextmanager

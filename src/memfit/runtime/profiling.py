@@ -35,7 +35,12 @@ from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import LossFn
 from memfit.runtime.opaque import compiled_part, record_opaque
-from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
+from memfit.runtime.preserve import (
+    contents_of,
+    no_gradients,
+    same_random_streams,
+    small_buffer_sizes,
+)
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_scaled, record_sizes, residents_of
 from memfit.runtime.update import Update, with_real_costs
@@ -215,11 +220,12 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
-    """What no recording shows: a few numbers; on CUDA cuBLAS's workspaces and others' tensors."""
+    """What no recording shows: a few numbers, copies of buffers; on CUDA cuBLAS's workspaces and more."""
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return _FEW_NUMBERS_BYTES
+        return _FEW_NUMBERS_BYTES + sum(small_buffer_sizes(job.model))
+    always_bytes = _FEW_NUMBERS_BYTES + in_blocks(small_buffer_sizes(job.model), MIN_BLOCK_BYTES)
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = in_blocks(resident_sizes(t for t in known if t.device == place), MIN_BLOCK_BYTES)
-    return max(0, torch.cuda.memory_allocated(place) - on_device) + _FEW_NUMBERS_BYTES
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + always_bytes
