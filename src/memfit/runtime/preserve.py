@@ -155,7 +155,7 @@ class Snapshot:
 
     def lost(self) -> str | None:
         """What was changed since and cannot be put back; None: everything can."""
-        names = [f"'{name}'" for name, _ in self._model.named_parameters()]
+        names = [f"the parameter '{name}'" for name, _ in self._model.named_parameters()]
         holders = [*names, *("the batch" for _ in self._inputs)]
         things = [("the batch", kept) for kept in self._inputs]
         things += [(name, kept) for name, kept in zip(names, self._parameters, strict=False)]

@@ -21,7 +21,8 @@ Note [Rescue]
     the tensors of the step. Cycles are collected too: that takes little beside planning again.
  4. The lower plan is not metered in that step, for the meter itself takes memory on a CPU. It stays for
     later steps.
- 5. Where no lower plan is left, or something cannot be put back, the error itself is raised, with a note.
+ 5. Where none is lower, the same plan runs once more, since memory has been given back.
+ 6. Where no plan is left, or something cannot be put back, the error itself is raised, with a note.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -102,7 +104,7 @@ class Rescue:
         error: The first line of the error.
         failed: The plan under which memory ran out.
         plan: The one under which the step was run to its end, and later steps are.
-        attempts: How many lower plans were tried.
+        attempts: How many plans were tried after that.
     """
 
     error: str
@@ -112,13 +114,12 @@ class Rescue:
 
     def __str__(self) -> str:
         """One line for people."""
-        plan, failed = self.plan, self.failed
+        again = "the same, as none takes less"
+        if self.plan.predicted_peak_bytes < self.failed.predicted_peak_bytes:
+            again = f"a plan of {_in_short(self.plan)}; later steps stay with it"
         return (
-            f"out of memory ({self.error}) under a plan of {format_bytes(failed.predicted_peak_bytes)}, "
-            f"{failed.gradient_accumulation_steps} x {failed.micro_batch_size} rows: the batch was run again "
-            f"from its start under one of {format_bytes(plan.predicted_peak_bytes)}, "
-            f"{plan.gradient_accumulation_steps} x {plan.micro_batch_size} rows, which recomputes "
-            f"{plan.recomputes} tensors. Later steps stay with it"
+            f"out of memory under a plan of {_in_short(self.failed)} ({self.error}); the batch was run again "
+            f"from its start under {again}"
         )
 
 
@@ -296,7 +297,8 @@ class Step:
         if before is None:  # memory had run out before anything was changed
             before = self._snapshot(batch)
         _put_back(before, error)
-        for plan in fallbacks(self.profile, failed):
+        lower = fallbacks(self.profile, failed)
+        for plan in chain([next(lower, failed)], lower):
             attempts += 1
             loss = self._tried(batch, plan)
             if loss is not None:
@@ -306,8 +308,8 @@ class Step:
                 return loss
             _put_back(before, error)
         error.add_note(
-            f"memfit found no more memory under {attempts} lower plans either, the last of them the least "
-            "possible. Gradients, buffers and random numbers are as before the step: free memory and call "
+            f"memfit ran the batch again under {attempts} plans, down to the least memory possible, and none "
+            "had enough. Gradients, buffers and random numbers are as before the step: free memory and call "
             "it again."
         )
         raise error
@@ -356,6 +358,12 @@ def _put_back(before: Snapshot, error: Exception) -> None:
         )
         raise error
     before.restore()
+
+
+def _in_short(plan: Plan) -> str:
+    """A plan in a few words."""
+    peak, parts = format_bytes(plan.predicted_peak_bytes), plan.gradient_accumulation_steps
+    return f"{peak}, {parts} x {plan.micro_batch_size} rows, {plan.recomputes} tensors recomputed"
 
 
 def _first_line(error: Exception) -> str:
