@@ -21,19 +21,24 @@ from memfit.core.frontier import fallbacks
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.rescue import is_out_of_memory, let_go_of_frames
 from models import assert_same, outcome_of, square_loss
-from outages import ERRORS, WIDTH, Job, Outage, batch_at, differing, disturbed, undisturbed
+from outages import ERRORS, WIDTH, Job, Outage, batch_at, capped, differing, disturbed, undisturbed
 
 STEPS = 5
 
 
-@pytest.fixture(scope="module", params=["whole", "in parts"])
-def job(request: pytest.FixtureRequest) -> Job:
-    return Job.named(request.param)
+@pytest.fixture(scope="module")
+def jobs() -> dict[str, Job]:
+    return {name: Job.named(name) for name in ("whole", "in parts")}
 
 
 @pytest.fixture(scope="module")
-def whole_job() -> Job:
-    return Job.named("whole")
+def whole_job(jobs: dict[str, Job]) -> Job:
+    return jobs["whole"]
+
+
+@pytest.fixture(scope="module")
+def lower_plans(whole_job: Job) -> list[memfit.Plan]:
+    return list(fallbacks(whole_job.profile, whole_job.start().step.plan))
 
 
 # ---- which errors ------------------------------------------------------------------------------------
@@ -170,8 +175,11 @@ def test_frames_let_go_of_their_tensors_and_keep_their_lines() -> None:
 # ---- a training with outages -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_training_with_outages_is_the_undisturbed_one_to_the_bit(job: Job, seed: int) -> None:
+@pytest.mark.parametrize(("name", "seed"), [("whole", 0), ("whole", 1), ("in parts", 2)])
+def test_a_training_with_outages_is_the_undisturbed_one_to_the_bit(
+    jobs: dict[str, Job], name: str, seed: int
+) -> None:
+    job = jobs[name]
     expected, ops = undisturbed(job, STEPS)
     before = expected.state()
     training, places = disturbed(job, STEPS, ops, random.Random(seed))
@@ -213,18 +221,15 @@ def test_a_rescue_is_told_and_later_steps_stay_on_the_lower_plan(
     assert training.step.plan.recompute == rescue.plan.recompute
     assert training.step.plan.budget_bytes == first.budget_bytes
     assert len(training.step.rescues) == 1
-
-
-def test_what_is_planned_again_after_a_rescue_takes_no_more(whole_job: Job) -> None:
-    training = whole_job.start()
-    training.run(0, Outage({20: MemoryError()}))
-    lower = training.step.plan
     training.step.profile = whole_job.profile
-    assert training.step._plan_again()
-    assert training.step.plan.predicted_peak_bytes == lower.predicted_peak_bytes
+    assert training.step._plan_again()  # as where a measured peak is above the prediction
+    assert training.step.plan.predicted_peak_bytes == rescue.plan.predicted_peak_bytes
+    assert training.step.plan.budget_bytes == first.budget_bytes
 
 
-def test_where_no_plan_is_enough_the_error_is_raised_and_nothing_is_changed(whole_job: Job) -> None:
+def test_where_no_plan_is_enough_the_error_is_raised_and_nothing_is_changed(
+    whole_job: Job, lower_plans: list[memfit.Plan]
+) -> None:
     training = whole_job.start()
     plan, batch = training.step.plan, batch_at(0)
     before = copy.deepcopy(outcome_of(training.model, torch.zeros(())))
@@ -232,7 +237,7 @@ def test_where_no_plan_is_enough_the_error_is_raised_and_nothing_is_changed(whol
     with outages, pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED") as caught:
         training.step(batch)
     (note,) = caught.value.__notes__
-    assert f"under {len(list(fallbacks(whole_job.profile, plan)))} plans" in note
+    assert f"under {len(lower_plans)} plans" in note
     assert "as before the step" in note
     assert_same(outcome_of(training.model, torch.zeros(())), before)
     assert training.step.plan == plan
@@ -240,9 +245,10 @@ def test_where_no_plan_is_enough_the_error_is_raised_and_nothing_is_changed(whol
     assert training.losses == undisturbed(whole_job, 1)[0].losses
 
 
-def test_where_no_plan_is_lower_the_same_one_runs_again(whole_job: Job) -> None:
-    least = list(fallbacks(whole_job.profile, whole_job.start().step.plan))[-1]
-    training = whole_job.start(memory=least.predicted_peak_bytes)
+def test_where_no_plan_is_lower_the_same_one_runs_again(
+    whole_job: Job, lower_plans: list[memfit.Plan]
+) -> None:
+    training = whole_job.start(memory=lower_plans[-1].predicted_peak_bytes)
     training.run(0, Outage({30: MemoryError()}))
     (rescue,) = training.step.rescues
     assert rescue.plan == rescue.failed
@@ -415,6 +421,15 @@ def test_gradients_of_the_batch_are_put_back_too() -> None:
     found = batch.grad
     assert found is not None
     assert torch.equal(found, expected)
+
+
+# ---- for real ------------------------------------------------------------------------------------------
+
+
+def test_a_hard_cap_lowered_while_training_is_survived() -> None:
+    found = capped((1, 0.8))
+    assert found["rescues"]
+    assert found["end"] == found["plain"]
 
 
 # ---- the plans to turn to --------------------------------------------------------------------------------

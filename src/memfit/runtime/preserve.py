@@ -61,9 +61,8 @@ def same_random_streams() -> Iterator[None]:
         streams.restore()
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A tensor as it was: its version, and a copy if there is one."""
+class _Kept(NamedTuple):
+    """A tensor as it was: its version, and a copy, perhaps flat, if there is one."""
 
     tensor: Tensor
     version: int
@@ -77,8 +76,15 @@ class _Kept:
     @property
     def is_changed(self) -> bool:
         """Whether something has written to it since, as far as can be told."""
-        moved = self.version != _version(self.tensor)
-        return moved or (self.copy is not None and not torch.equal(self.tensor.detach(), self.copy))
+        moved, content = self.version != _version(self.tensor), self.content
+        return moved or (content is not None and not torch.equal(self.tensor.detach(), content))
+
+    @property
+    def content(self) -> Tensor | None:
+        """The copy in the shape of the tensor."""
+        if self.copy is None or self.copy.shape == self.tensor.shape:
+            return self.copy
+        return self.copy.view_as(self.tensor)
 
     @property
     def is_lost(self) -> bool:
@@ -87,8 +93,9 @@ class _Kept:
 
     def restore(self) -> None:
         """Puts the content back."""
-        if self.copy is not None:
-            self.tensor.copy_(self.copy)
+        content = self.content
+        if content is not None:
+            self.tensor.copy_(content)
 
 
 class _Buffer(NamedTuple):
@@ -107,10 +114,6 @@ class Snapshot:
         inputs: The tensors of the batch.
         room_bytes: Gradients are copied only where all of them take no more; None: everything is copied.
         written: The names of the large buffers that steps write to.
-
-    Attributes:
-        lasting_sizes: Bytes of each copy that a snapshot of any other step holds too.
-        passing_sizes: Bytes of each other copy.
     """
 
     def __init__(
@@ -125,13 +128,23 @@ class Snapshot:
         self._model = model
         self._inputs = [_Kept.of(tensor) for tensor in inputs]
         self._parameters = [_Kept.of(parameter) for parameter in model.parameters()]
-        self._buffers = list(_buffers(model, None if room_bytes is None else written))
+        self._buffers = _buffers(model, None if room_bytes is None else written)
         self._gradients = self._present_gradients(room_bytes)
-        lasting = {b.name for b in self._buffers if _is_small(b.kept.tensor) or b.name in written}
-        self.lasting_sizes = _sizes(b.kept for b in self._buffers if b.name in lasting)
-        passing = [b.kept for b in self._buffers if b.name not in lasting]
-        passing += [kept for _, kept in self._gradients if kept is not None]
-        self.passing_sizes = _sizes(passing)
+        self._written = written
+
+    @property
+    def lasting_sizes(self) -> tuple[int, ...]:
+        """Bytes of each copy that the snapshot of any other step holds too."""
+        return _sizes(buffer.kept for buffer in self._buffers if self._is_lasting(buffer))
+
+    @property
+    def passing_sizes(self) -> tuple[int, ...]:
+        """Bytes of each other copy."""
+        passing = [buffer.kept for buffer in self._buffers if not self._is_lasting(buffer)]
+        return _sizes([*passing, *(kept for _, kept in self._gradients if kept is not None)])
+
+    def _is_lasting(self, buffer: _Buffer) -> bool:
+        return _is_small(buffer.kept.tensor) or buffer.name in self._written
 
     def _present_gradients(self, room_bytes: int | None) -> list[tuple[Tensor, _Kept | None]]:
         """The leaves that collect gradients, and what each has; copied if there is room for all."""
@@ -175,25 +188,49 @@ class Snapshot:
 
 def small_buffer_sizes(model: nn.Module) -> tuple[int, ...]:
     """Bytes of each copy that a snapshot holds in any case."""
-    return tuple(b.numel() * b.element_size() for b in model.buffers() if _is_small(b))
+    groups = _in_groups(buffer for buffer in model.buffers() if _is_small(buffer))
+    return tuple(sum(b.numel() * b.element_size() for b in group) for group in groups)
 
 
-def _buffers(model: nn.Module, written: Collection[str] | None) -> Iterator[_Buffer]:
-    """The buffers, each tensor copied once: the small ones and, of the others, those that are ``written``."""
-    found: dict[int, _Kept] = {}
-    for prefix, module in model.named_modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None:
-                name = f"{prefix}.{key}" if prefix else key
-                copied = written is None or _is_small(tensor) or name in written
-                if id(tensor) not in found:
-                    found[id(tensor)] = _Kept.of(tensor, copied=copied)
-                yield _Buffer(name, module._buffers, key, found[id(tensor)])
+def _buffers(model: nn.Module, written: Collection[str] | None) -> list[_Buffer]:
+    """The buffers; the small ones are copied and, of the others, those that are ``written``."""
+    places = [
+        (f"{prefix}.{key}" if prefix else key, module._buffers, key, buffer)
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    copies = _copies_of_small({id(buffer): buffer for *_, buffer in places}.values())
+    for name, _, _, buffer in places:
+        if id(buffer) not in copies and (written is None or name in written):
+            copies[id(buffer)] = buffer.detach().clone()
+    return [
+        _Buffer(name, owner, key, _Kept(buffer, _version(buffer), copies.get(id(buffer))))
+        for name, owner, key, buffer in places
+    ]
+
+
+def _copies_of_small(buffers: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Flat copies of the small ones by identity, all of a kind in one block: one kernel, not one for each."""
+    copies: dict[int, Tensor] = {}
+    for group in _in_groups(buffer for buffer in buffers if _is_small(buffer)):
+        flat = torch.cat([buffer.detach().reshape(-1) for buffer in group])
+        parts = flat.split([buffer.numel() for buffer in group])
+        copies |= {id(buffer): part for buffer, part in zip(group, parts, strict=True)}
+    return copies
+
+
+def _in_groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that can lie in one block: alike in type and device."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((type(tensor), tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())
 
 
 def _is_small(tensor: Tensor) -> bool:
     """Whether a copy costs nothing to speak of. See Note [Snapshot] 2."""
-    return tensor.numel() * tensor.element_size() <= _SMALL_BYTES
+    return tensor.layout is torch.strided and tensor.numel() * tensor.element_size() <= _SMALL_BYTES
 
 
 def _sizes(things: Iterable[_Kept]) -> tuple[int, ...]:

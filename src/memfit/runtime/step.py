@@ -129,7 +129,7 @@ class Step:
     Attributes:
         plan: The plan in use.
         profile: What it was made from.
-        verdict: The last measurement, None before the first step.
+        verdict: The last measurement; None before the first, and after a rescue until the next.
         rescues: The steps that ran out of memory and were run again, the oldest first.
     """
 
@@ -337,6 +337,7 @@ class Step:
             return replace(lower, budget_bytes=budget_bytes)
 
         self._find = find
+        self.verdict = None  # it was about another plan
         self.plan = replace(plan, budget_bytes=budget_bytes)
         self._decisions = decisions_of(plan.recompute, plan.levels)
 
