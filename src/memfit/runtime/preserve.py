@@ -29,9 +29,12 @@ _SMALL_BYTES: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class RandomStreams:
-    """The states of all default generators: torch on each device, Python, NumPy."""
+    """The states of all default generators: torch on each device, Python, NumPy.
 
-    cpu: Tensor
+    That of the CPU is kept in a generator: a tensor with it would count as memory of a step on a CPU.
+    """
+
+    cpu: torch.Generator
     cuda: tuple[Tensor, ...]
     python: Any
     numpy: Any
@@ -40,11 +43,13 @@ class RandomStreams:
     def now() -> RandomStreams:
         """The present states."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return RandomStreams(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+        return RandomStreams(
+            torch.default_generator.clone_state(), cuda, random.getstate(), np.random.get_state()
+        )
 
     def restore(self) -> None:
         """Puts the states back."""
-        torch.set_rng_state(self.cpu)
+        torch.set_rng_state(self.cpu.get_state())
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
         random.setstate(self.python)
