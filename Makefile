@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench families clean
+.PHONY: help .venv demo test check check-cuda bench families rescue clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench: $(STAMP) families  ## Measure what the README reports
 
 families: $(STAMP)  ## Whole steps of many transformers families: predicted against measured peak
 	OMP_NUM_THREADS=1 $(PY) benchmarks/families.py --out benchmarks/results/$(TODAY)_cpu_families.json
+
+rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compared with undisturbed ones
+	OMP_NUM_THREADS=1 $(PY) benchmarks/rescue.py --out benchmarks/results/$(TODAY)_cpu_rescue.json
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

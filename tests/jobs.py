@@ -184,3 +184,38 @@ def two_devices() -> Workload:
 
 
 NOT_A_FUNCTION = 3
+
+
+def finds_no_memory_once_at_step_4() -> Workload:
+    """Memory runs out once in the forward of the fourth step, if the environment says so."""
+    outages = [MemoryError("std::bad_alloc")] if "MEMFIT_TEST_OUTAGE" in os.environ else []
+    at = {"step": 0}
+
+    def batch(index: int) -> Batch:
+        at["step"] = index + 1
+        return tiny_batch(6, 0, index)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = tiny_loss(model, batch)
+        if at["step"] == 4 and outages:
+            raise outages.pop()
+        return loss
+
+    return job(batch=batch, loss_fn=loss_fn)
+
+
+class OutOfMemoryAtStep4(torch.optim.SGD):
+    """Its fourth update finds no memory half-way."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.updates = getattr(self, "updates", 0) + 1
+        if self.updates == 4:
+            self.param_groups[0]["params"][0].data.zero_()
+            raise RuntimeError("CUDA error: out of memory")
+        return super().step(closure)
+
+
+def update_finds_no_memory_at_step_4() -> Workload:
+    """The update of the fourth step is left half done."""
+    made = job()
+    return Workload(made.model, OutOfMemoryAtStep4(made.model.parameters(), lr=0.1), tiny_loss, made.batches)

@@ -889,8 +889,8 @@ def test_a_retried_step_gives_inputs_their_gradients_once() -> None:
     runs: list[int] = []
     measured = step._metered
 
-    def lying(given: Any) -> tuple[Tensor, int, int]:
-        loss, measured_bytes, retries = measured(given)
+    def lying(given: Any, before: Any) -> tuple[Tensor, int, int]:
+        loss, measured_bytes, retries = measured(given, before)
         runs.append(1)
         return loss, (step.plan.budget_bytes + 1 if len(runs) == 1 else measured_bytes), retries
 

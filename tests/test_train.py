@@ -116,6 +116,30 @@ def test_a_full_disk_is_bad_input_and_the_run_goes_on_afterwards(tmp_path: Path,
     assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
+def test_a_step_that_finds_no_memory_is_run_again_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    target = "jobs:finds_no_memory_once_at_step_4"
+    assert train(tmp_path / "whole", *MEMFIT, target=target, steps=6) == 0
+    assert "out of memory" not in capsys.readouterr().err
+    monkeypatch.setenv("MEMFIT_TEST_OUTAGE", "yes")
+    assert train(tmp_path / "outage", *MEMFIT, target=target, steps=6) == 0
+    assert "(std::bad_alloc); the batch was run again from its start" in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", tmp_path / "outage")
+
+
+def test_an_update_that_finds_no_memory_is_not_saved(tmp_path: Path, capsys: Captured) -> None:
+    target = "jobs:update_finds_no_memory_at_step_4"
+    assert train(tmp_path / "whole", *MEMFIT, target=target, steps=3) == 0
+    assert train(tmp_path / "run", *MEMFIT, "--save-every", 1, target=target, steps=6) == 4
+    said = capsys.readouterr().err
+    assert "Out of memory in optimizer.step()" in said
+    assert "go on from it with --resume" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000003"
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_resuming_a_run_that_is_done_changes_nothing(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *MEMFIT, steps=4) == 0
     before = losses(tmp_path / "run"), weights(tmp_path / "run")

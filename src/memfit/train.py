@@ -5,6 +5,7 @@ Says what happens to a ``Watcher`` and never prints.
 
 from __future__ import annotations
 
+import logging
 import platform
 import random
 import re
@@ -38,6 +39,7 @@ from memfit.runtime.folder import (
 )
 from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
 from memfit.runtime.micro import weighted_loss
+from memfit.runtime.rescue import is_out_of_memory
 from memfit.runtime.state import (
     Position,
     RandomState,
@@ -48,8 +50,6 @@ from memfit.runtime.state import (
 from memfit.units import format_bytes
 from memfit.workload import Workload, load_target
 
-# Words that torch, oneDNN and the C++ library use when memory ends.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
 _WARM_STEPS = 3  # steps of a process that say nothing about speed: verified, metered, caches cold
 
 
@@ -194,7 +194,7 @@ def train(options: TrainOptions, watch: Watcher) -> RunResult:
     if options.hard_cap_bytes is not None:
         _cap(options.hard_cap_bytes)
         watch.said(f"hard cap: {format_bytes(options.hard_cap_bytes)} above what Python and torch hold")
-    with _out_of_memory_named(options):
+    with _out_of_memory_named(options), _warnings_told(watch):
         run = _prepare(options, pinned, watch)
         result = _go(run, watch)
     write_run(options.out, _content(options, result))
@@ -294,6 +294,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     options, done = run.options, run.position.step
     losses, plain_s = list(run.earlier), list[float]()
     measured: int | None = None
+    rescued = 0
     with LossLog(options.out) as log, _stop_on_signal() as stop:
         while done < options.steps and not stop.asked:
             batch = next(run.batches)
@@ -303,7 +304,10 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             loss, peak_bytes = _one_step(run, batch, metered)
             seconds = time.perf_counter() - started
             done += 1
-            measured = _largest(measured, peak_bytes, _verified_bytes(run.step))
+            if _rescues(run.step) > rescued:
+                rescued, measured = _rescues(run.step), None  # what was measured is another plan's peak
+            else:
+                measured = _largest(measured, peak_bytes, _verified_bytes(run.step))
             losses.append(loss)
             log.add(done, loss, seconds)
             if done > run.position.step + _WARM_STEPS:
@@ -353,9 +357,22 @@ def _resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
 
 
 def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Tensor], batch: Any) -> float:
-    """Runs the step, the optimizer and ``zero_grad``; returns the loss."""
+    """Runs the step, the optimizer and ``zero_grad``; returns the loss.
+
+    Raises:
+        RanOutOfMemory: In the update, which cannot be taken back: some parameters may be updated by then.
+    """
     loss = body(batch)
-    workload.optimizer.step()
+    try:
+        workload.optimizer.step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RanOutOfMemory(
+            f"Out of memory in optimizer.step(): {_asked_for(str(error))}. The update may be half done, so "
+            "it is not saved: the last checkpoint stays, go on from it with --resume. Free memory first, or "
+            "take an optimizer that holds less."
+        ) from error
     workload.optimizer.zero_grad()
     return float(loss)
 
@@ -369,6 +386,34 @@ def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
         return loss.total.detach()
 
     return body
+
+
+def _rescues(step: Step | None) -> int:
+    """Returns how many steps ran out of memory and were run again."""
+    return 0 if step is None else len(step.rescues)
+
+
+class _Warnings(logging.Handler):
+    """Tells a watcher what memfit warns of: steps that were run again, retries of CUDA's allocator."""
+
+    def __init__(self, watch: Watcher) -> None:
+        super().__init__(logging.WARNING)
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes a line on."""
+        self._watch.said(record.getMessage())
+
+
+@contextmanager
+def _warnings_told(watch: Watcher) -> Iterator[None]:
+    """Passes memfit's warnings on while the body runs."""
+    handler, log = _Warnings(watch), logging.getLogger("memfit")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
@@ -504,9 +549,11 @@ def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
     """Turns every way of running out of memory into one error that says what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except RanOutOfMemory:
+        raise
+    except Exception as error:
         text = str(error)
-        if not isinstance(error, MemoryError) and not any(word in text for word in _NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         cap = (
             f" under the hard cap of {format_bytes(options.hard_cap_bytes)}" if options.hard_cap_bytes else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,27 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
         if plan is not None:
             found.append(plan)
     return [replace(plan, budget_bytes=plan.predicted_peak_bytes) for plan in undominated(found)]
+
+
+def fallbacks(profile: Profile, plan: Plan) -> Iterator[Plan]:
+    """The plans to turn to, one after the other, when memory has run out under one.
+
+    Each peaks lower than the one before: first at its micro-batch size, down to the least, then at smaller
+    ones. The first is to take a tenth less, the next a fifth less than that, and so on, for running out of
+    memory again takes longer than a plan that could have recomputed a little less.
+
+    Pure, like :func:`memfit.find_plan`. The budget of each is what it was planned for.
+    """
+    peak_bytes, size = plan.predicted_peak_bytes, plan.micro_batch_size
+    smaller = {graph.rows for graph in profile.graphs if graph.rows < size}
+    for rows in (size, *sorted(smaller, reverse=True)):
+        planner = Planner(profile, rows)
+        for cut in (10, 20, 40, 80, 100):
+            found = planner.fastest(peak_bytes * (100 - cut) // 100) or planner.lowest()
+            if found.predicted_peak_bytes >= peak_bytes:
+                break
+            peak_bytes = found.predicted_peak_bytes
+            yield found
 
 
 class Point(Protocol):

@@ -127,11 +127,6 @@ def tensors_of(batch: object) -> Iterator[tuple[str, Tensor]]:
             yield path, leaf
 
 
-def leaves_of(batch: object) -> list[Tensor]:
-    """The tensors that are to get a gradient of their own."""
-    return [tensor for _, tensor in tensors_of(batch) if tensor.requires_grad and tensor.is_leaf]
-
-
 def refuse_graphs(batch: object) -> None:
     """Refuses a batch that was computed with gradients: the first micro-batch would free what all go through.
 

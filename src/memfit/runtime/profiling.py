@@ -41,7 +41,12 @@ from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part, record_opaque
-from memfit.runtime.preserve import contents_of, no_gradients, same_random_streams
+from memfit.runtime.preserve import (
+    contents_of,
+    no_gradients,
+    same_random_streams,
+    small_buffer_sizes,
+)
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import fakes_agree, record_loss_of_all, record_scaled, record_sizes, residents_of
 from memfit.runtime.update import Update, with_real_costs
@@ -292,13 +297,14 @@ def _fixed_s(graph: StepGraph, points: tuple[Measured, Measured] | None) -> floa
 
 
 def _unexplained_bytes(job: Job, place: torch.device) -> int:
-    """What no recording shows: a few numbers; on CUDA cuBLAS's workspaces and others' tensors."""
+    """What no recording shows: a few numbers, copies of buffers, what a hook makes; on CUDA cuBLAS's."""
     hooked_bytes = max((p.nbytes for p in job.model.parameters() if p._backward_hooks), default=0)
     few_bytes = _FEW_NUMBERS_BYTES + hooked_bytes  # what the hook of a gradient makes of it
     if place.type != "cuda" or any(is_fake(p) for p in job.model.parameters()):
-        return few_bytes
+        return few_bytes + sum(small_buffer_sizes(job.model))
+    always_bytes = few_bytes + in_blocks(small_buffer_sizes(job.model), MIN_BLOCK_BYTES)
     known = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(job.batch))]
     known += [p.grad for p in job.model.parameters() if p.grad is not None]
     known += optimizer_state(job.optimizer)
     on_device = in_blocks(resident_sizes(t for t in known if t.device == place), MIN_BLOCK_BYTES)
-    return max(0, torch.cuda.memory_allocated(place) - on_device) + few_bytes
+    return max(0, torch.cuda.memory_allocated(place) - on_device) + always_bytes

@@ -11,29 +11,45 @@ Note [Promise]
     buffers and gradients are put back. The user sees one step.
  6. The first step after those is timed, and the seconds of profile and plan become those of a real step. The
     decisions stay: all seconds change by one factor.
+
+Note [Rescue]
+ 1. Memory may run out under a plan that holds its promise: another process took some, or what is free lies
+    in pieces. Nothing has been stepped then, so what the step has changed is put back
+    (``runtime/preserve.py``), and the same batch runs under a lower plan (``core/frontier.py``).
+ 2. The lower plans come first at the same micro-batch size: there the loss is the same to the bit.
+ 3. Putting back and running again happen after the error has been handled, with its frames emptied: they hold
+    the tensors of the step. Cycles are collected too: that takes little beside planning again.
+ 4. The lower plan is not metered in that step, for the meter itself takes memory on a CPU. It stays for
+    later steps.
+ 5. Where none is lower, the same plan runs once more, since memory has been given back.
+ 6. Where no plan is left, or something cannot be put back, the error itself is raised, with a note.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memfit.core.costs import at_speed
-from memfit.core.graph import Profile
-from memfit.core.plan import Plan
+from memfit.core.frontier import fallbacks
+from memfit.core.graph import Profile, in_blocks
+from memfit.core.plan import Plan, find_plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.accumulate import Accumulation
-from memfit.runtime.batch import leaves_of, rows_of, tensors_of
+from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.job import Optimizers, optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.preserve import Snapshot
-from memfit.runtime.replay import decisions_of
+from memfit.runtime.replay import Decisions, decisions_of
+from memfit.runtime.rescue import is_out_of_memory, let_go_of_frames
 from memfit.units import format_bytes
 
 _log = logging.getLogger("memfit")
@@ -80,14 +96,42 @@ class Verdict:
         return f"{line}, {self.alloc_retries} allocation retries" if self.alloc_retries else line
 
 
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """A step that ran out of memory, and was run again under a lower plan.
+
+    Attributes:
+        error: The first line of the error.
+        failed: The plan under which memory ran out.
+        plan: The one under which the step was run to its end, and later steps are.
+        attempts: How many plans were tried after that.
+    """
+
+    error: str
+    failed: Plan
+    plan: Plan
+    attempts: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        again = "the same, as none takes less"
+        if self.plan.predicted_peak_bytes < self.failed.predicted_peak_bytes:
+            again = f"a plan of {_in_short(self.plan)}; later steps stay with it"
+        return (
+            f"out of memory under a plan of {_in_short(self.failed)} ({self.error}); the batch was run again "
+            f"from its start under {again}"
+        )
+
+
 class Step:
     """One call runs forward and backward of an effective batch; made by :func:`memfit.fit`.
 
     Attributes:
         plan: The plan in use.
         profile: What it was made from.
-        verdict: The last measurement, None before the first step.
+        verdict: The last measurement; None before the first, and after a rescue until the next.
         terms: Of the last batch, where the loss is a mapping of terms: each one's part of it, detached.
+        rescues: The steps that ran out of memory and were run again, the oldest first.
     """
 
     def __init__(
@@ -113,6 +157,8 @@ class Step:
         self._most_items = 0
         self._asleep = [(name, m) for name, m in self._model.named_modules() if not m.training]
         self._circumstances = _circumstances(self._model)
+        self._written: set[str] = set()
+        self.rescues: list[Rescue] = []
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
@@ -137,15 +183,30 @@ class Step:
         if circumstances != self._circumstances:  # what was promised was promised for others
             _log.warning("the step was planned for %s and runs with %s", self._circumstances, circumstances)
             self._circumstances, self._unverified = circumstances, max(1, self._unverified)
-        if torch._C._autograd._profiler_enabled():
+        before: Snapshot | None = None
+        try:
+            is_verified = self._is_verified()
+            before = self._snapshot(batch, is_complete=is_verified)
+            if is_verified:
+                return self._run_verified(batch, before)
+            if self._untimed and rows_of(batch) == self.plan.rows and not _is_profiled():
+                return self._run_timed(batch)
             return self._run(batch)
-        if self._unverified:
-            self._unverified -= 1
-            return self._run_verified(batch)
-        if self._untimed and rows_of(batch) == self.plan.rows:
-            self._untimed = False
-            return self._run_timed(batch)
-        return self._run(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory = error
+        try:
+            return self._rescue(batch, before, out_of_memory)
+        finally:
+            del out_of_memory  # it holds this frame, and this frame would hold it
+
+    def _is_verified(self) -> bool:
+        """Whether this step is metered; one fewer is to be then. There can be only one profiler."""
+        if _is_profiled() or not self._unverified:
+            return False
+        self._unverified -= 1
+        return True
 
     def _refuse_woken(self, batch: Any) -> None:
         """Refuses to split a batch for layers that did not mix its rows before only because they were off."""
@@ -169,21 +230,26 @@ class Step:
         factor = measured_s / max(self.plan.predicted_step_s - update_s, 1e-12)
         self.profile = at_speed(self.profile, factor)
         self.plan = self.plan.at_speed(factor, update_s)
+        self._untimed = False
         return loss
 
     def _run(self, batch: Any) -> Tensor:
         """The batch under the plan."""
-        loss = self._accumulation.run(batch, self.plan.micro_batch_size, self._decisions)
+        return self._run_under(batch, self.plan.micro_batch_size, self._decisions)
+
+    def _run_under(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Tensor:
+        """The batch under any plan."""
+        loss = self._accumulation.run(batch, micro_batch_size, decisions)
         self.terms = loss.terms
         return loss.total
 
     # ---- the promise --------------------------------------------------------------------------------
 
-    def _run_verified(self, batch: Any) -> Tensor:
+    def _run_verified(self, batch: Any, before: Snapshot) -> Tensor:
         """A step under the meter; see Note [Promise]."""
-        snapshot = Snapshot(self._model, leaves_of(batch))
         for attempt in range(1, _ATTEMPTS + 1):
-            loss, measured_bytes, retries = self._metered(batch)
+            loss, measured_bytes, retries = self._metered(batch, before)
+            self._written |= before.written()
             self.verdict = Verdict(
                 self.plan.predicted_peak_bytes, measured_bytes, self.plan.budget_bytes, attempt, retries
             )
@@ -199,7 +265,7 @@ class Step:
             if self.verdict.is_within_budget:
                 return loss
             del loss
-            snapshot.restore()
+            before.restore()
             if not mended:
                 break
         assert self.verdict is not None
@@ -221,19 +287,126 @@ class Step:
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
 
-    def _metered(self, batch: Any) -> tuple[Tensor, int, int]:
-        """The loss, the peak of everything on the device once the optimizer has stepped, and the retries."""
+    def _metered(self, batch: Any, before: Snapshot) -> tuple[Tensor, int, int]:
+        """The loss, the peak of everything on the device once the optimizer has stepped, and the retries.
+
+        Copies of ``before`` count if every later step holds them too.
+        """
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         place = parameters[0].device
         state = [t for t in optimizer_state(self._optimizer) if t.device == place]
-        before = [*parameters, *self._model.buffers(), *gradients, *state]
-        before += [t for _, t in tensors_of(batch) if t.device == place]
-        level_bytes = torch.cuda.memory_allocated(place) if place.type == "cuda" else resident_bytes(before)
+        present = [*parameters, *self._model.buffers(), *gradients, *state]
+        present += [t for _, t in tensors_of(batch) if t.device == place]
+        if place.type == "cuda":
+            passing_bytes = in_blocks(before.passing_sizes, self.profile.alignment_bytes)
+            level_bytes = torch.cuda.memory_allocated(place) - passing_bytes
+        else:
+            level_bytes = resident_bytes(present) + sum(before.lasting_sizes)
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         with PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
+
+    # ---- the rescue ---------------------------------------------------------------------------------
+
+    def _snapshot(self, batch: Any, *, is_complete: bool = False) -> Snapshot:
+        """What the step may change. A verified step copies all of it: its promise may have to be mended."""
+        inputs = (tensor for _, tensor in tensors_of(batch))
+        spare_bytes = 0 if self.rescues else self.plan.budget_bytes - self.plan.predicted_peak_bytes
+        room_bytes = None if is_complete else spare_bytes
+        return Snapshot(self._model, inputs, room_bytes=room_bytes, written=self._written)
+
+    def _rescue(self, batch: Any, before: Snapshot | None, error: Exception) -> Tensor:
+        """The loss under the first lower plan that has enough memory. See Note [Rescue].
+
+        Raises:
+            Exception: ``error``, with a note, if none has, or the step cannot be put back to its start.
+        """
+        failed, attempts = self.plan, 0
+        let_go_of_frames(error)
+        self._make_room()
+        if before is None:  # memory had run out before anything was changed
+            before = self._snapshot(batch)
+        _put_back(before, error)
+        lower = fallbacks(self.profile, failed)
+        for plan in chain([next(lower, failed)], lower):
+            attempts += 1
+            loss = self._tried(batch, plan)
+            if loss is not None:
+                self._settle(plan)
+                self.rescues.append(Rescue(_first_line(error), failed, self.plan, attempts))
+                _log.warning("%s.", self.rescues[-1])
+                return loss
+            _put_back(before, error)
+        error.add_note(
+            f"memfit ran the batch again under {attempts} plans, down to the least memory possible, and none "
+            "had enough. Gradients, buffers and random numbers are as before the step: free memory and call "
+            "it again."
+        )
+        raise error
+
+    def _tried(self, batch: Any, plan: Plan) -> Tensor | None:
+        """The batch under a plan; None if memory has run out again."""
+        try:
+            decisions = decisions_of(plan.recompute, plan.levels)
+            return self._run_under(batch, plan.micro_batch_size, decisions)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.info("out of memory again, under a plan of %s", format_bytes(plan.predicted_peak_bytes))
+            let_go_of_frames(error)
+        self._make_room()
+        return None
+
+    def _settle(self, plan: Plan) -> None:
+        """Stays with a lower plan: what is planned later takes as little. The promise is the old one."""
+        budget_bytes, size = self.plan.budget_bytes, plan.micro_batch_size
+
+        def find(profile: Profile) -> Plan:
+            lower = find_plan(profile, memory=plan.budget_bytes, micro_batch_size=size)
+            return replace(lower, budget_bytes=budget_bytes)
+
+        self._find = find
+        self.verdict = None  # it was about another plan
+        self.plan = replace(plan, budget_bytes=budget_bytes)
+        self._decisions = decisions_of(plan.recompute, plan.levels)
+
+    def _make_room(self) -> None:
+        """Gives back what nobody uses any more."""
+        gc.collect()
+        if next(self._model.parameters()).device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _put_back(before: Snapshot, error: Exception) -> None:
+    """Puts the step back to its start; raises ``error`` with a note where that cannot be done."""
+    lost = before.lost()
+    if lost is not None:
+        error.add_note(
+            f"memfit could not run the batch again: {lost} had been changed by then, and there was no "
+            "memory to keep a copy of it from before the step. Nothing was put back: drop the gradients "
+            "before you go on, or give less memory= to fit."
+        )
+        raise error
+    before.restore()
+
+
+def _in_short(plan: Plan) -> str:
+    """A plan in a few words."""
+    peak, parts = format_bytes(plan.predicted_peak_bytes), plan.gradient_accumulation_steps
+    return f"{peak}, {parts} x {plan.micro_batch_size} rows, {plan.recomputes} tensors recomputed"
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, or what it is if it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _is_profiled() -> bool:
+    """Whether a torch profiler is running."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def _circumstances(model: nn.Module) -> str:
