@@ -23,12 +23,13 @@ from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
-from memfit.runtime.count import Counter, counter_for
+from memfit.runtime.count import Counter
 from memfit.runtime.job import Job, check_model
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import LossFn
 from memfit.runtime.profiling import profile
 from memfit.runtime.profiling import profile as record_profile
+from memfit.runtime.splitting import Splitting
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.windows import windows
 from memfit.units import parse_memory
@@ -79,41 +80,49 @@ def fit(
         micro_batch_size: Pins the micro-batch instead of choosing it.
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
-            ``micro_batch -> number``. ``"auto"`` finds the one under which the losses add up.
+            ``micro_batch -> number``. ``"auto"`` proves by an audit under which count the gradients of parts
+            add up (``step.audit``), where the batch is to be split; what is not proved stays whole.
         profile: A stored one (``Profile.from_json``), such as ``step.profile`` of an earlier run, which its
             first steps have corrected. It is used if it was made for this model, batch, optimizer, device
             and version of torch; else a warning says what changed, and the step is profiled again.
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
-        InexactAccumulation: The batch would have to be split, and no exact way is known.
+        InexactAccumulation: The batch would have to be split, and no exact way is known; says why.
         UnsupportedModel: The model is on several devices.
         ValueError, TypeError: Something is not as described above.
     """
     place = check_model(model)
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(batch)
-    pinned_whole = micro_batch_size is not None and micro_batch_size >= rows
-    counter = None if pinned_whole and count == "auto" else counter_for(count, model, loss_fn, batch)
-    owner = _needs_whole(model, counter)
-    _refuse_parts(owner, rows, micro_batch_size)
-    whole_only = owner is not None and micro_batch_size is None
     job = Job(model, loss_fn, batch, optimizer)
-    size = rows if whole_only else micro_batch_size
+    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile)
+    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    if hooked is not None:
+        splitting.bar(hooked, f"'{hooked}' has a gradient hook, which must see the final gradient")
+    if micro_batch_size is not None and micro_batch_size < rows:
+        splitting.demand(batch, micro_batch_size)
+    size = rows if hooked is not None and micro_batch_size is None else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
         return _uncoupled(found, pinned=micro_batch_size is not None)
 
     def find(current: Profile) -> Plan:
-        return find_plan(current, memory=budget_bytes)
+        return splitting.find(current, budget_bytes)
 
     profile = profiled_within(budget_bytes, profile)
-    if owner is not None or any(graph.coupled for graph in profile.graphs):
-        counter = None  # a later, larger batch must not be split either
-    plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    accumulation = Accumulation(model, loss_fn, counter)
-    return Step(accumulation, plan, profile, optimizer=optimizer, find=find)
+    coupled = next((name for graph in profile.graphs for name in graph.coupled), None)
+    if coupled is not None:  # a later, larger batch must not be split either
+        splitting.bar(coupled, f"{coupled} computes its statistics over the rows it sees")
+    plan, profile = _planned(
+        profile,
+        lambda current: splitting.find(current, budget_bytes, batch),
+        profiled_within,
+        device_memory(place)[0],
+    )
+    accumulation = Accumulation(model, loss_fn, splitting.counter)
+    return Step(accumulation, plan, splitting.settled(profile), optimizer=optimizer, find=find)
 
 
 def _planned(
@@ -138,17 +147,6 @@ def _planned(
     return find(profile), profile
 
 
-def _refuse_parts(owner: str | None, rows: int, micro_batch_size: int | None) -> None:
-    """Refuses micro-batches that were asked for where none are exact."""
-    if owner is not None and micro_batch_size is not None and micro_batch_size < rows:
-        raise InexactAccumulation(
-            f"{owner}, so micro-batches of {micro_batch_size} of {rows} rows cannot be added up exactly: "
-            "leave micro_batch_size out to keep the batch whole, or say with count= what the loss is a mean "
-            "over",
-            owner=owner,
-        )
-
-
 def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limit_bytes: int) -> Profile:
     """The stored profile if it still holds, with a warning that says why not; else a new one."""
     if stored is not None:
@@ -170,14 +168,6 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
         micro_batch_size=micro_batch_size,
         limit_bytes=limit_bytes,
     )
-
-
-def _needs_whole(model: nn.Module, counter: Counter | None) -> str | None:
-    """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
-    if counter is None:
-        return "no known weights make the losses of parts add up to the loss of the batch"
-    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
-    return None if hooked is None else f"'{hooked}' has a gradient hook, which must see the final gradient"
 
 
 def _budget_bytes(memory: str | int | None, place: torch.device) -> int:

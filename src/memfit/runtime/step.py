@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memfit.core.audit import Audit
 from memfit.core.costs import at_speed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
@@ -109,6 +110,11 @@ class Step:
         self._unverified = _VERIFIED_STEPS
         self._untimed = True
         self._most_items = 0
+
+    @property
+    def audit(self) -> Audit | None:
+        """What was found out about splitting a batch; None where nothing had to be."""
+        return getattr(self._accumulation.counter, "audit", self.profile.audit)
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.

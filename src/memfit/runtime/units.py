@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import tensors_of
-from memfit.runtime.count import IGNORED, Counter, labels, one, rows, shifted_labels
+from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows, shifted_labels
 from memfit.runtime.micro import LossFn
 
 
@@ -20,32 +21,39 @@ def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, C
     Class weights are those that ``loss_fn`` closes over or that a loss module of the model holds.
     """
     found: dict[str, Counter] = {"rows": rows, "sum": one, "labels": labels, "shifted_labels": shifted_labels}
+    class_weights = [*_class_weights(model, loss_fn)]
+    named = _labels_or_none(batch)
     for path, leaf in tensors_of(batch):
-        if leaf.dim() == 0:
+        if leaf.dim() == 0 or leaf.is_complex():
             continue
-        if leaf.is_floating_point() or leaf.dtype == torch.bool or _is_binary(leaf):
-            if not leaf.is_floating_point() or bool((leaf >= 0).all()):
-                found[f"sum of {path}"] = functools.partial(_sum, path, 0)
-                if leaf.dim() >= 2:
-                    found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
-        elif not leaf.is_complex():
-            found.update(_counters_of_labels(path, leaf, [*_class_weights(model, loss_fn)]))
+        if _may_be_weights(leaf):
+            found[f"sum of {path}"] = functools.partial(_sum, path, 0)
+            if leaf.dim() >= 2:
+                found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
+        if not leaf.is_floating_point() and leaf.dtype != torch.bool:
+            found.update(_counters_of_labels(path, leaf, class_weights, has_name=leaf is named))
     return found
 
 
+def _labels_or_none(batch: Any) -> Tensor | None:
+    """The leaf called labels, where there is one."""
+    try:
+        return labels_of(batch)
+    except InexactAccumulation:
+        return None
+
+
 def _counters_of_labels(
-    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]]
+    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]], *, has_name: bool
 ) -> dict[str, Counter]:
-    """What can be counted in a leaf of whole numbers."""
-    found: dict[str, Counter] = {
-        f"entries of {path} that are not {IGNORED}": functools.partial(_valid, path, 0, IGNORED)
-    }
-    if leaf.dim() >= 2:
-        name = f"entries of {path}[:, 1:] that are not {IGNORED}"
-        found[name] = functools.partial(_valid, path, 1, IGNORED)
-    found[f"entries of {path} above 0"] = functools.partial(_above, path)
-    for value in (0, -1):
+    """What can be counted in a leaf of whole numbers; of those called labels, -100 is counted by name."""
+    found: dict[str, Counter] = {}
+    for value in (-1, 0) if has_name and leaf.dim() <= 2 else (IGNORED, -1, 0):
         found[f"entries of {path} that are not {value}"] = functools.partial(_valid, path, 0, value)
+        if leaf.dim() >= 2:
+            name = f"entries of {path}[:, 1:] that are not {value}"
+            found[name] = functools.partial(_valid, path, 1, value)
+    found[f"entries of {path} above 0"] = functools.partial(_above, path)
     for name, weight in class_weights:
         if int(leaf.max()) < len(weight):
             found[f"sum of {name}[{path}]"] = functools.partial(_weighed, path, 0, weight)
@@ -56,7 +64,13 @@ def _counters_of_labels(
 
 def _leaf(path: str, part: Any, first: int) -> Tensor:
     """A leaf of a micro-batch, without the first ``first`` entries of each row."""
-    found = next(tensor for name, tensor in tensors_of(part) if name == path)
+    found = next((tensor for name, tensor in tensors_of(part) if name == path), None)
+    if found is None:
+        raise InexactAccumulation(
+            f"the batch has no {path}, by which micro-batches are weighted: give batches of one form, or say "
+            "with count= what the loss is a mean over",
+            owner=path,
+        )
     return found[:, first:] if first else found
 
 
@@ -81,9 +95,11 @@ def _weighed(path: str, first: int, weight: Tensor, part: Any) -> float:
     return float(weight.detach().double()[found[found >= 0].to(weight.device)].sum())
 
 
-def _is_binary(leaf: Tensor) -> bool:
-    """Whether a leaf of whole numbers is a mask."""
-    return bool(((leaf == 0) | (leaf == 1)).all())
+def _may_be_weights(leaf: Tensor) -> bool:
+    """Whether a leaf is a mask, or numbers of which none is negative."""
+    if leaf.is_floating_point():
+        return bool((leaf >= 0).all())
+    return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
 
 
 def _class_weights(model: nn.Module, loss_fn: LossFn) -> Iterator[tuple[str, Tensor]]:
