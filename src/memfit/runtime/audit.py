@@ -52,6 +52,7 @@ Hooks = dict[str, list[Callable[[Tensor], Tensor | None]]]
 LARGEST_COPY_BYTES = 4 << 30
 _ROWS = 6
 _FEW_ROWS = 3  # enough to prove a counter, not to explain why none fits
+_ENOUGH_ROWS = 5  # have more spans than a sum of two means has unknowns
 _FEW_TOKENS = 16
 LARGE_BYTES = 256 << 20
 _SAMPLED_PARAMETERS = 32
@@ -180,27 +181,31 @@ def audit_job(
         if size_bytes <= large_bytes:
             return _attempt(job, hooks, _Effort(_ROWS, may_copy=may_copy))
         may_copy = size_bytes // 2 <= largest_copy_bytes
-        found = _attempt(job, hooks, _Effort(_FEW_ROWS, may_copy=may_copy, is_light=True))
+        found = _attempt(job, hooks, _Effort(_FEW_ROWS, may_copy=may_copy, is_light=True, explains=False))
         if found.is_exact or found.kind not in _OF_THE_LOSS:
             return found
-        # More rows say why; what a part of the gradient left open, all of it may decide.
-        is_light = found.kind is not Kind.UNDECIDED or size_bytes > largest_copy_bytes
-        return _attempt(job, hooks, _Effort(_ROWS, may_copy=may_copy, is_light=is_light))
+        if found.kind is Kind.UNDECIDED and size_bytes <= largest_copy_bytes:
+            return _attempt(job, hooks, _Effort(_ROWS, may_copy=True))  # all of the gradient may decide it
+        return _attempt(job, hooks, _Effort(_ENOUGH_ROWS, may_copy=may_copy, is_light=True))
 
 
 class _Effort(NamedTuple):
-    """How much an attempt looks at: rows; and if light, few tokens and no gradient of a large parameter."""
+    """How much an attempt looks at: rows; and if light, few tokens and no gradient of a large parameter.
+
+    One that ``explains`` goes on to find the cause where no counter fits.
+    """
 
     rows: int
     may_copy: bool
     is_light: bool = False
+    explains: bool = True
 
 
 def _attempt(job: Job, hooks: Hooks, effort: _Effort) -> Audit:
     """The audit by one probe."""
     probing = _probing(job, hooks, effort)
     try:
-        return _judged(probing)
+        return _judged(probing, explains=effort.explains)
     finally:
         probing.twin.draws.restore_generators()
 
@@ -395,7 +400,7 @@ def _drifting(ends: list[dict[str, Tensor]], tolerance: float) -> list[str]:
 # ---- verdict -------------------------------------------------------------------------------------
 
 
-def _judged(probing: _Probing) -> Audit:
+def _judged(probing: _Probing, *, explains: bool) -> Audit:
     """The audit of a twin that runs. See Note [Audit]."""
     twin = probing.twin
     if not twin.is_precise:
@@ -410,7 +415,7 @@ def _judged(probing: _Probing) -> Audit:
         kind, owner = _seen(twin)
         if kind is None and finding.counter is not None:
             finding, kind, owner = _behind_exact(probing, evidence, finding, drifting)
-        elif kind is None and finding.kind is not Kind.UNDECIDED:
+        elif kind is None and finding.kind is not Kind.UNDECIDED and explains:
             finding, kind, owner = _cause(probing, finding, drifting)
     except Exception as error:  # the whole probe runs: it is the parts that do not
         return _failed_on_parts(probing, error)
