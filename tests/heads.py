@@ -180,7 +180,7 @@ def own_loss(model: Any, batch: Batch) -> Tensor:
 def quiet() -> Iterator[None]:
     """What ``transformers`` says of strange configurations is not heard."""
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
@@ -192,7 +192,10 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a head: no plain step to compare with, refused with a reason, or accepted with an error."""
+    """What became of a head: no plain step to compare with, refused with a reason, or accepted with an error.
+
+    ``failed``: memfit raised what it does not raise by design.
+    """
 
     built: bool
     reason: str = ""
@@ -200,6 +203,7 @@ class Outcome:
     counter: str | None = None
     relative_error: float | None = None
     parts: int = 0
+    failed: bool = False
 
 
 def outcome(task: str, model_type: str) -> Outcome:
@@ -212,9 +216,7 @@ def outcome(task: str, model_type: str) -> Outcome:
             loss = own_loss(model, batch)
             loss.backward()
     except Exception as error:
-        return Outcome(
-            False, reason=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        )
+        return Outcome(False, reason=_told(error))
     plain = _gradient(model)
     if not bool(plain.isfinite().all()) or not bool(plain.any()):
         return Outcome(False, reason="the plain gradient is zero or not finite")
@@ -225,9 +227,16 @@ def outcome(task: str, model_type: str) -> Outcome:
             step(batch)
     except MemfitError as error:
         return Outcome(True, reason=str(error), owner=getattr(error, "owner", ""))
+    except Exception as error:
+        return Outcome(True, reason=_told(error), failed=True)
     relative = float((_gradient(model) - plain).norm() / plain.norm())
     assert step.audit is not None
     return Outcome(True, "", "", step.audit.counter, relative, step.plan.gradient_accumulation_steps)
+
+
+def _told(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _gradient(model: nn.Module) -> Tensor:
