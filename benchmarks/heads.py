@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from heads import TASKS, Outcome, outcome
 
-TOLERANCE, LIMIT_S = 1e-10, 60
+TOLERANCE, LIMIT_S = 1e-10, 20
 
 
 def bounded(task: str, model_type: str) -> Outcome:
@@ -91,9 +91,9 @@ def main() -> None:
         for model_type in TASKS[task].models:
             rows.append({"task": task, "model": model_type, **asdict(bounded(task, model_type))})
             print(line(rows[-1]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1))
     print(summary(rows))
-    if options.out:
-        options.out.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1))
     broken = [row for row in rows if not is_kept(row)]
     sys.exit(f"{len(broken)} of {len(rows)} heads broken" if broken else 0)
 

@@ -14,6 +14,8 @@ from memfit.runtime.batch import tensors_of
 from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows, shifted_labels
 from memfit.runtime.micro import LossFn
 
+_DEEPEST = 3  # functions within functions
+
 
 def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Counter]:
     """The counters worth trying, the simplest first, by the name that an audit gives them.
@@ -119,16 +121,30 @@ def _vectors_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{path}", buffer
 
 
-def _reachable(loss_fn: Any) -> Iterator[tuple[str, Any]]:
-    """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments."""
+def _reachable(loss_fn: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments.
+
+    Functions among these are looked into as well, for a loss is often wrapped.
+    """
+    if depth > _DEEPEST:
+        return
+    for name, value in _held(loss_fn):
+        yield name, value
+        if callable(value) and not isinstance(value, (Tensor, nn.Module, type)):
+            yield from _reachable(value, depth + 1)
+
+
+def _held(loss_fn: Any) -> Iterator[tuple[str, Any]]:
+    """What one function or callable object holds."""
     if isinstance(loss_fn, functools.partial):
         yield from loss_fn.keywords.items()
         yield from ((f"argument {i}", value) for i, value in enumerate(loss_fn.args))
-        yield from _reachable(loss_fn.func)
+        yield "function", loss_fn.func
         return
     yield from getattr(getattr(loss_fn, "__self__", None), "__dict__", {}).items()
     code = getattr(loss_fn, "__code__", None)
     if code is None:
+        yield from getattr(loss_fn, "__dict__", {}).items()
         return
     for name, cell in zip(code.co_freevars, loss_fn.__closure__ or (), strict=True):
         try:
