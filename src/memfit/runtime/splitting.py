@@ -102,6 +102,8 @@ class Splitting(Weigher):
             InfeasibleBudget: No exact plan fits.
         """
         plan, refused = None, None
+        if all(graph.rows >= profile.rows for graph in profile.graphs):
+            return find_plan(profile, memory=memory)
         if self._barred is None:
             try:
                 plan = find_plan(profile, memory=memory)

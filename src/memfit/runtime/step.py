@@ -196,6 +196,7 @@ class Step:
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
             return False
+        self.profile = replace(self.profile, audit=self.audit)
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
 

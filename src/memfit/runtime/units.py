@@ -15,6 +15,7 @@ from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows,
 from memfit.runtime.micro import LossFn
 
 _DEEPEST = 3  # functions within functions
+_NO_FUNCTION = (Tensor, nn.Module, type)
 
 
 def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Counter]:
@@ -121,17 +122,17 @@ def _vectors_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{path}", buffer
 
 
-def _reachable(loss_fn: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _reachable(loss_fn: Any) -> Iterator[tuple[str, Any]]:
     """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments.
 
     Functions among these are looked into as well, for a loss is often wrapped.
     """
-    if depth > _DEEPEST:
-        return
-    for name, value in _held(loss_fn):
-        yield name, value
-        if callable(value) and not isinstance(value, (Tensor, nn.Module, type)):
-            yield from _reachable(value, depth + 1)
+    level, seen = [loss_fn], {id(loss_fn)}
+    for _ in range(_DEEPEST):
+        found = [entry for function in level for entry in _held(function)]
+        yield from found
+        level = [v for _, v in found if id(v) not in seen and callable(v) and not isinstance(v, _NO_FUNCTION)]
+        seen.update(map(id, level))
 
 
 def _held(loss_fn: Any) -> Iterator[tuple[str, Any]]:
@@ -141,7 +142,11 @@ def _held(loss_fn: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"argument {i}", value) for i, value in enumerate(loss_fn.args))
         yield "function", loss_fn.func
         return
-    yield from getattr(getattr(loss_fn, "__self__", None), "__dict__", {}).items()
+    owner = getattr(loss_fn, "__self__", loss_fn)
+    if isinstance(owner, nn.Module):
+        yield "loss_fn", owner
+    elif owner is not loss_fn:
+        yield from getattr(owner, "__dict__", {}).items()
     code = getattr(loss_fn, "__code__", None)
     if code is None:
         yield from getattr(loss_fn, "__dict__", {}).items()
