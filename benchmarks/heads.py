@@ -91,8 +91,8 @@ def main() -> None:
         for model_type in TASKS[task].models:
             rows.append({"task": task, "model": model_type, **asdict(bounded(task, model_type))})
             print(line(rows[-1]), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1))
+            if options.out:
+                options.out.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1))
     print(summary(rows))
     broken = [row for row in rows if not is_kept(row)]
     sys.exit(f"{len(broken)} of {len(rows)} heads broken" if broken else 0)

@@ -35,8 +35,8 @@ _SMALL = {
     **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff"), 48),
     "encoder_hidden_size": 32, "n_inner": 48,
     **dict.fromkeys(("hidden_dim", "dim_ff", "ffn_hidden_size", "moe_intermediate_size", "d_inner"), 48),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"), 1),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "heads"), 4),
     **dict.fromkeys(("d_kv", "head_dim", "d_head", "kv_channels"), 8),
@@ -107,11 +107,11 @@ def _translated() -> Batch:
 TASKS = {
     name: Task(name, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"), batch)
     for name, mapping, batch in (
-        ("sequence classification", "SEQUENCE_CLASSIFICATION", _classified),
-        ("token classification", "TOKEN_CLASSIFICATION", _tagged),
-        ("masked", "MASKED_LM", _masked),
-        ("causal", "CAUSAL_LM", _continued),
         ("seq2seq", "SEQ_TO_SEQ_CAUSAL_LM", _translated),
+        ("masked", "MASKED_LM", _masked),
+        ("token classification", "TOKEN_CLASSIFICATION", _tagged),
+        ("sequence classification", "SEQUENCE_CLASSIFICATION", _classified),
+        ("causal", "CAUSAL_LM", _continued),
     )
 }
 
@@ -138,7 +138,7 @@ def _shrink(config: Any, name: str) -> None:
     elif isinstance(value, float) and ("drop" in name or name.endswith("_pdrop") or "jitter" in name):
         setattr(config, name, 0.0)
     elif name == "layer_types" and isinstance(value, list):
-        setattr(config, name, value[:2])
+        setattr(config, name, value[:1])
 
 
 def build(task: str, model_type: str) -> nn.Module:
