@@ -430,6 +430,40 @@ def test_padding_that_the_example_has_not_is_told_from_rows() -> None:
     assert found.counter == "entries of batch['ids'][:, 1:] that are not 0"
 
 
+PAD = 3
+CRITERION = nn.CrossEntropyLoss(ignore_index=3)
+
+
+def by_name(m: Any, b: Any) -> Tensor:
+    """Ignores what has a name."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), b["ids"][:, 1:].flatten(), ignore_index=PAD)
+
+
+def by_number(m: Any, b: Any) -> Tensor:
+    """Ignores a number that stands in the code."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), b["ids"][:, 1:].flatten(), ignore_index=3)
+
+
+def by_criterion(m: Any, b: Any) -> Tensor:
+    """Ignores what a criterion ignores."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    loss: Tensor = CRITERION(logits.flatten(0, 1), b["ids"][:, 1:].flatten())
+    return loss
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("loss", [by_name, by_number, by_criterion])
+def test_what_a_loss_says_that_it_ignores_is_counted(loss: Any, is_padded: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(4, audits.WORDS, (8, audits.LENGTH))
+    if is_padded:
+        ids[1, 5:] = ids[4, 3:] = 3
+    found = memfit.audit(audits.Words(), loss, {"ids": ids})
+    assert found.counter == "entries of batch['ids'][:, 1:] that are not 3"
+
+
 def test_what_cannot_be_told_apart_is_listed() -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, audits.WIDTH), "kind": torch.arange(8) % 4, "group": torch.arange(8)}

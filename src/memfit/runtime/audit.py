@@ -45,7 +45,7 @@ from memfit.runtime.micro import LossFn
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.sample import Sample, samples_of
 from memfit.runtime.twin import Twin, double_batch, double_copy
-from memfit.runtime.units import known_counters
+from memfit.runtime.units import ignored_values, known_counters
 
 Hooks = dict[str, list[Callable[[Tensor], Tensor | None]]]
 
@@ -277,7 +277,8 @@ def _probing(job: Job, hooks: Hooks, effort: _Effort) -> _Probing:
     elif sampled != names:
         notes.append(f"{unseen} were not compared, being large; their losses were")
     copied = _copied(job.model, lost) if effort.may_copy else None
-    samples = samples_of(job.batch, effort.rows, _FEW_TOKENS if effort.is_light else None)
+    tokens = _FEW_TOKENS if effort.is_light else None
+    samples = samples_of(job.batch, effort.rows, tokens, ignored_values(job.model, job.loss_fn))
     models = [None] if copied is None else [copied, None]
     tries = [(model, sample) for model in models for sample in samples]
     for number, (model, sample) in enumerate(tries):

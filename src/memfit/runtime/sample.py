@@ -3,7 +3,8 @@
 Note [Samples]
  1. A loss may be a mean over rows, over labels that are not -100, over a mask, over what is not 0... In most
     batches several of these count alike. So some labels are ignored, masks end early, and a few numbers
-    become 0, each in another row and number, where the counts would be equal otherwise.
+    become 0 or what the loss may ignore (255, a padding), each in another row and number, where the counts
+    would be equal otherwise.
  2. A loss may not run on some of that, so there are several samples, the most telling first, the rows as they
     are last.
  3. On a CUDA device a value of -100 is put in only beside others like it: where the loss does not know it, it
@@ -36,11 +37,16 @@ class Sample(NamedTuple):
     cut_tokens: tuple[int, int] | None = None
 
 
-def samples_of(batch: Any, most_rows: int, most_tokens: int | None = None) -> list[Sample]:
-    """Probes of a batch, the more telling first, as they are last. See Note [Samples]."""
+def samples_of(
+    batch: Any, most_rows: int, most_tokens: int | None = None, ignored: tuple[int, ...] = ()
+) -> list[Sample]:
+    """Probes of a batch, the more telling first, as they are last. See Note [Samples].
+
+    ``ignored`` are numbers besides -100 and 0 that the loss may ignore.
+    """
     plain = some_rows(batch, rows_of(batch), most_rows)
-    found = [] if most_tokens is None else _variants(plain, most_tokens)
-    return [*found, *_variants(plain, None)]
+    found = [] if most_tokens is None else _variants(plain, most_tokens, ignored)
+    return [*found, *_variants(plain, None, ignored)]
 
 
 def some_rows(batch: Any, total_rows: int, most: int) -> Any:
@@ -60,14 +66,15 @@ def has_lists(batch: Any) -> bool:
     return not isinstance(values, (list, tuple)) or not all(isinstance(v, Tensor) for v in values)
 
 
-def _variants(plain: Any, most_tokens: int | None) -> list[Sample]:
+def _variants(plain: Any, most_tokens: int | None, ignored: tuple[int, ...]) -> list[Sample]:
     """The samples of some rows, cut or not."""
     cut = None if most_tokens is None else _cut(plain, most_tokens)
     if most_tokens is not None and cut is None:
         return []
     rows, tokens = (plain, None) if cut is None else cut
     found: list[Sample] = []
-    for base in (_with_zeros(rows), rows):
+    zeroed = _with_zeros(rows)
+    for base in (_with_values(rows if zeroed is None else zeroed, ignored), zeroed, rows):
         if base is None:
             continue
         masked, labelled = _with_thin_masks(base), _with_thin_labels(base)
@@ -168,6 +175,30 @@ def _zeroed(leaf: Tensor, number: int) -> Tensor:
         last = zeroed[-1].view(-1)
         last[-min(1 + number, max(1, len(last) - 1)) :] = 0
     return zeroed.requires_grad_(leaf.requires_grad)
+
+
+def _with_values(probe: Any, ignored: tuple[int, ...]) -> Any | None:
+    """A probe with some numbers that may be ignored, where they are indices or an error is harmless."""
+    changes = []
+    for _, leaf in tensors_of(probe):
+        if leaf.dtype not in _INTEGERS or not leaf.dim() or not leaf.numel() or int(leaf.max()) <= 1:
+            continue
+        values = [v for v in ignored if leaf.device.type == "cpu" or v <= int(leaf.max())]
+        changes.append((leaf, _valued(leaf, values)))
+    return _changed(probe, changes)
+
+
+def _valued(leaf: Tensor, values: list[int]) -> Tensor:
+    """A row in the middle holds the values, each another number of times; or rows of one number do."""
+    valued = leaf.detach().clone(memory_format=torch.contiguous_format)
+    if leaf.dim() == 1:
+        place = valued[2:-1]
+    else:
+        place = valued[len(leaf) // 2].view(-1)[1:]
+        values = [value for times, value in enumerate(values, 1) for _ in range(times)]
+    values = values[: len(place)]
+    place[: len(values)] = torch.tensor(values, dtype=leaf.dtype, device=leaf.device)
+    return valued
 
 
 # ---- long rows -----------------------------------------------------------------------------------------

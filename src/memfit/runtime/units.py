@@ -15,6 +15,7 @@ from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows,
 from memfit.runtime.micro import LossFn
 
 _DEEPEST = 3  # functions within functions
+_MOST_VALUES = 4
 _NO_FUNCTION = (Tensor, nn.Module, type)
 
 
@@ -25,6 +26,7 @@ def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, C
     """
     found: dict[str, Counter] = {"rows": rows, "sum": one, "labels": labels, "shifted_labels": shifted_labels}
     class_weights = [*_class_weights(model, loss_fn)]
+    ignored = (IGNORED, -1, 0, *ignored_values(model, loss_fn))
     named = _labels_or_none(batch)
     for path, leaf in tensors_of(batch):
         if leaf.dim() == 0 or leaf.is_complex():
@@ -34,7 +36,9 @@ def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, C
             if leaf.dim() >= 2:
                 found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
         if not leaf.is_floating_point() and leaf.dtype != torch.bool:
-            found.update(_counters_of_labels(path, leaf, class_weights, has_name=leaf is named))
+            is_known = leaf is named and leaf.dim() <= 2  # what is not -100 there has a name
+            values = ignored[1:] if is_known else ignored
+            found.update(_counters_of_labels(path, leaf, class_weights, values))
     return found
 
 
@@ -46,12 +50,26 @@ def _labels_or_none(batch: Any) -> Tensor | None:
         return None
 
 
+def ignored_values(model: nn.Module, loss_fn: LossFn) -> tuple[int, ...]:
+    """Numbers besides -100, -1 and 0 that a loss may ignore: for padding, for pixels without a class."""
+    found = [getattr(getattr(model, "config", None), "pad_token_id", None)]
+    for name, value in [("loss_fn", loss_fn), ("model", model), *_reachable(loss_fn)]:
+        code = getattr(value, "__code__", None)
+        if isinstance(value, nn.Module):
+            found += [getattr(module, "ignore_index", None) for module in value.modules()]
+        elif code is not None and any("ignore_index" in c for c in code.co_consts if isinstance(c, tuple)):
+            found += code.co_consts  # names of keywords stand among the constants
+        elif "pad" in name.lower() or "ignore" in name.lower():
+            found.append(value)
+    return tuple(dict.fromkeys(v for v in found if type(v) is int and v > 0))[:_MOST_VALUES]
+
+
 def _counters_of_labels(
-    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]], *, has_name: bool
+    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]], ignored: tuple[int, ...]
 ) -> dict[str, Counter]:
-    """What can be counted in a leaf of whole numbers; of those called labels, -100 is counted by name."""
+    """What can be counted in a leaf of whole numbers."""
     found: dict[str, Counter] = {}
-    for value in (-1, 0) if has_name and leaf.dim() <= 2 else (IGNORED, -1, 0):
+    for value in ignored:
         found[f"entries of {path} that are not {value}"] = functools.partial(_valid, path, 0, value)
         if leaf.dim() >= 2:
             name = f"entries of {path}[:, 1:] that are not {value}"
