@@ -97,12 +97,10 @@ def fit(
     rows = rows_of(batch)
     job = Job(model, loss_fn, batch, optimizer)
     splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile)
-    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
-    if hooked is not None:
-        splitting.bar(hooked, f"'{hooked}' has a gradient hook, which must see the final gradient")
+    _bar_hooked(model, splitting)
     if micro_batch_size is not None and micro_batch_size < rows:
         splitting.demand(batch, micro_batch_size)
-    size = rows if hooked is not None and micro_batch_size is None else micro_batch_size
+    size = rows if splitting.counter is None and micro_batch_size is None else micro_batch_size
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
         found = _usable(stored, job, size, limit_bytes)
@@ -112,9 +110,7 @@ def fit(
         return splitting.find(current, budget_bytes)
 
     profile = profiled_within(budget_bytes, profile)
-    coupled = next((name for graph in profile.graphs for name in graph.coupled), None)
-    if coupled is not None:  # a later, larger batch must not be split either
-        splitting.bar(coupled, f"{coupled} computes its statistics over the rows it sees")
+    _bar_coupled(profile, splitting)
     plan, profile = _planned(
         profile,
         lambda current: splitting.find(current, budget_bytes, batch),
@@ -123,6 +119,20 @@ def fit(
     )
     accumulation = Accumulation(model, loss_fn, splitting.counter)
     return Step(accumulation, plan, splitting.settled(profile), optimizer=optimizer, find=find)
+
+
+def _bar_hooked(model: nn.Module, splitting: Splitting) -> None:
+    """A gradient hook would see the gradient of every micro-batch."""
+    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    if hooked is not None:
+        splitting.bar(hooked, f"'{hooked}' has a gradient hook, which must see the final gradient")
+
+
+def _bar_coupled(profile: Profile, splitting: Splitting) -> None:
+    """Where a layer looks across the rows, a later, larger batch must not be split either."""
+    coupled = next((name for graph in profile.graphs for name in graph.coupled), None)
+    if coupled is not None:
+        splitting.bar(coupled, f"{coupled} computes its statistics over the rows it sees")
 
 
 def _planned(
