@@ -106,17 +106,13 @@ def fit(
         found = _usable(stored, job, size, limit_bytes)
         return _uncoupled(found, pinned=micro_batch_size is not None)
 
-    def find(current: Profile) -> Plan:
-        return splitting.find(current, budget_bytes)
+    def find(current: Profile, example: Any = None) -> Plan:
+        return splitting.find(current, budget_bytes, example)
 
     profile = profiled_within(budget_bytes, profile)
     _bar_coupled(profile, splitting)
-    plan, profile = _planned(
-        profile,
-        lambda current: splitting.find(current, budget_bytes, batch),
-        profiled_within,
-        device_memory(place)[0],
-    )
+    free_bytes = device_memory(place)[0]
+    plan, profile = _planned(profile, lambda current: find(current, batch), profiled_within, free_bytes)
     accumulation = Accumulation(model, loss_fn, splitting.counter)
     return Step(accumulation, plan, splitting.settled(profile), optimizer=optimizer, find=find)
 
