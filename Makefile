@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench families rescue clean
+.PHONY: help .venv demo test check check-cuda bench families heads rescue clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -45,6 +45,7 @@ bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/gaps.py --out benchmarks/results/$(TODAY)_cpu_gaps.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py
 	$(PY) benchmarks/render.py
@@ -54,6 +55,9 @@ families: $(STAMP)  ## Whole steps of many transformers families: predicted agai
 
 rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compared with undisturbed ones
 	OMP_NUM_THREADS=1 $(PY) benchmarks/rescue.py --out benchmarks/results/$(TODAY)_cpu_rescue.json
+
+heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: about 15 minutes
+	OMP_NUM_THREADS=1 $(PY) benchmarks/heads.py --out benchmarks/results/$(TODAY)_cpu_heads.json
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

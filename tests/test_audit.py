@@ -407,15 +407,131 @@ def test_a_head_that_starts_at_zero_hides_nothing() -> None:
     assert memfit.audit(model, audits.ce, audits.labelled()).kind is Kind.COUPLED_LAYER
 
 
-def test_what_counts_alike_is_not_decided() -> None:
+def test_what_counts_alike_in_the_batch_is_told_apart_by_the_probe() -> None:
     batch = {"x": torch.rand(8, audits.WIDTH), "importance": torch.ones(8)}
 
     def weighed(m: Any, b: Any) -> Tensor:
         loss: Tensor = (m(b["x"]).square().mean(1) * b["importance"]).sum() / b["importance"].sum()
         return loss
 
-    found = memfit.audit(audits.classifier(), weighed, batch)
+    for importance in (torch.ones(8), torch.rand(8)):
+        batch["importance"] = importance
+        found = memfit.audit(audits.classifier(), weighed, batch)
+        assert (found.counter, found.undecided) == ("sum of batch['importance']", ())
+
+
+def test_padding_that_the_example_has_not_is_told_from_rows() -> None:
+    def ignoring_padding(m: Any, b: Any) -> Tensor:
+        logits: Tensor = m(b["ids"])[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), b["ids"][:, 1:].flatten(), ignore_index=0)
+
+    ids = torch.randint(1, audits.WORDS, (8, audits.LENGTH))
+    found = memfit.audit(audits.Words(), ignoring_padding, {"ids": ids})
+    assert found.counter == "entries of batch['ids'][:, 1:] that are not 0"
+
+
+PAD = 3
+CRITERION = nn.CrossEntropyLoss(ignore_index=3)
+
+
+def by_name(m: Any, b: Any) -> Tensor:
+    """Ignores what has a name."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), b["ids"][:, 1:].flatten(), ignore_index=PAD)
+
+
+def by_number(m: Any, b: Any) -> Tensor:
+    """Ignores a number that stands in the code."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), b["ids"][:, 1:].flatten(), ignore_index=3)
+
+
+def by_criterion(m: Any, b: Any) -> Tensor:
+    """Ignores what a criterion ignores."""
+    logits: Tensor = m(b["ids"])[:, :-1]
+    loss: Tensor = CRITERION(logits.flatten(0, 1), b["ids"][:, 1:].flatten())
+    return loss
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("loss", [by_name, by_number, by_criterion])
+def test_what_a_loss_says_that_it_ignores_is_counted(loss: Any, is_padded: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(4, audits.WORDS, (8, audits.LENGTH))
+    if is_padded:
+        ids[1, 5:] = ids[4, 3:] = 3
+    found = memfit.audit(audits.Words(), loss, {"ids": ids})
+    assert found.counter == "entries of batch['ids'][:, 1:] that are not 3"
+
+
+def test_what_cannot_be_told_apart_is_listed() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, audits.WIDTH), "kind": torch.arange(8) % 4, "group": torch.arange(8)}
+    found = memfit.audit(audits.classifier(), lambda m, b: F.cross_entropy(m(b["x"]), b["kind"]), batch)
     assert found.counter == "rows"
-    assert "sum of batch['importance']" in found.undecided[0]
-    batch["importance"] = torch.rand(8)
-    assert memfit.audit(audits.classifier(), weighed, batch).counter == "sum of batch['importance']"
+    assert {f"entries of batch['kind'] that are not {value}" for value in (-1, -100)} <= {*found.alike}
+    assert "entries of batch['kind'] that are not 0" not in found.alike
+
+
+# ---- large models --------------------------------------------------------------------------------
+
+
+def wide_words() -> nn.Module:
+    """A model of words with two large parameters."""
+    model = audits.Words()
+    model.embed, model.norm, model.head = nn.Embedding(2100, 512), nn.LayerNorm(512), nn.Linear(512, 2100)
+    return model
+
+
+def audit_as_large(model: nn.Module, loss: Any, batch: Any) -> memfit.Audit:
+    """The audit, where even such a model is called large."""
+    return audit_job(Job(model, loss, batch, None), large_bytes=0)
+
+
+@pytest.mark.parametrize("name", ["token ce", "causal ce", "token ce + auxiliary loss by rows", "perplexity"])
+def test_a_large_model_is_audited_on_few_rows_and_tokens_and_no_large_gradient(name: str) -> None:
+    torch.manual_seed(3)
+    case, seen = named(name), list[torch.Size]()
+
+    def loss(m: Any, b: Any) -> Tensor:
+        seen.append(b["ids"].shape)
+        return case.loss(m, b)
+
+    ids = torch.randint(0, audits.WORDS, (8, 100))
+    labels = ids.clone()
+    labels[:, :60] = -100  # a long prompt, whose first tokens alone would show nothing
+    found = audit_as_large(wide_words(), loss, {"ids": ids, "labels": labels})
+    assert (found.kind, found.counter) == (case.kind, case.counter)
+    assert {shape[1] for shape in seen} == {16}
+    assert seen[0][0] == 3
+    if found.is_exact:
+        assert "sequences were cut to 16 of 100 tokens" in found.notes
+        assert any("gradients of 2 of 5 parameters were not compared" in note for note in found.notes)
+
+
+def test_a_penalty_on_a_parameter_that_is_not_compared_is_seen_in_the_losses() -> None:
+    def with_penalty(m: Any, b: Any) -> Tensor:
+        logits = m(b["ids"]).flatten(0, 1)
+        loss = F.cross_entropy(logits, b["labels"].flatten(), reduction="sum")
+        penalised: Tensor = loss + m.head.weight.square().sum()
+        return penalised
+
+    found = audit_as_large(wide_words(), with_penalty, audits.worded())
+    assert found.kind is Kind.MIXED
+
+
+def test_a_model_that_needs_its_length_is_not_cut() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mix = wide_words(), nn.Parameter(torch.randn(40, 40))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.mix @ self.words(ids)[..., :11]
+            return out
+
+    torch.manual_seed(3)
+    ids = torch.randint(0, audits.WORDS, (8, 40))
+    found = audit_as_large(Fixed(), audits.tokens, {"ids": ids, "labels": ids})
+    assert found.counter == "labels"
+    assert not any("cut" in note for note in found.notes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
-from memfit.runtime.count import Counter, counter_for
+from memfit.runtime.count import Counter
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
-from memfit.runtime.normalisation import by_rows, check_batch_norm
+from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
-from memfit.runtime.rowwise import are_independent, audit_of_rows
+from memfit.runtime.rowwise import in_two_passes
+from memfit.runtime.splitting import Splitting
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.windows import windows
 from memfit.units import parse_memory
@@ -90,8 +90,9 @@ def fit(
         micro_batch_size: Pins the micro-batch instead of choosing it.
         count: What the mean in the loss is over: ``"rows"``, ``"labels"`` (those that are not -100),
             ``"shifted_labels"`` (causal language models), ``"sum"`` (no mean), or a function
-            ``micro_batch -> number``; one for each term of a mapping. ``"auto"`` finds the one under which
-            the losses add up. ``"coupled"``: none does, run in two passes (see ``outputs_fn``).
+            ``micro_batch -> number``; one for each term of a mapping. ``"auto"`` proves by an audit under
+            which count the gradients of parts add up (``step.audit``), where the batch is to be split; what
+            is not proved stays whole. ``"coupled"``: run in two passes (see ``outputs_fn``).
         batch_norm: ``"exact"``: BatchNorm in training mode sees the whole batch, which is not split.
             ``"frozen"``: it runs as in eval mode during a step. ``"ghost"``: each micro-batch is normalised
             by its own statistics, which is ANOTHER GRADIENT than the whole batch's (Hoffer et al. 2017,
@@ -108,51 +109,55 @@ def fit(
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
-        InexactAccumulation: The batch would have to be split, and no exact way is known.
+        InexactAccumulation: The batch would have to be split, and no exact way is known; says why.
         UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
     """
-    place = check_model(model)
-    check_batch_norm(model, batch_norm, compiled_part(model))
+    job = Job(model, whole_loss(loss_fn, outputs_fn), batch, each_optimizer(optimizer) or None, batch_norm)
+    return _fitted(job, memory, micro_batch_size, count, profile, scaler)
+
+
+def _fitted(
+    job: Job,
+    memory: str | int | None,
+    micro_batch_size: int | None,
+    count: str | Counter | Mapping[str, str | Counter],
+    profile: Profile | None,
+    scaler: torch.amp.GradScaler | None,
+) -> Step:
+    """The step of a job: profiled, its accumulation proved where it is split, and planned."""
+    place = check_model(job.model)
+    check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
     budget_bytes = _budget_bytes(memory, place)
-    rows = rows_of(batch)
-    if count == "coupled" and outputs_fn is None:
-        raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on the outputs of all rows")
-    loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm)
-    counter = _counter(job, count, micro_batch_size)
-    owner = _needs_whole(counter)
-    if outputs_fn is not None and counter is None and owner is not None:
-        with by_rows(model, batch_norm):
-            audited = audit_of_rows(job)
-        if are_independent(audited):
-            job, owner = job._replace(is_two_pass=True), None
-        elif count == "coupled":
-            raise InexactAccumulation(f"two passes are not exact: {audited}", owner=audited.owner)
-    _refuse_parts(owner, rows, micro_batch_size)
-    size = rows if owner is not None and micro_batch_size is None else micro_batch_size
+    rows = rows_of(job.batch)
+    if micro_batch_size is None or micro_batch_size < rows:
+        job = in_two_passes(job, count)
+    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile)
+    if micro_batch_size is not None and micro_batch_size < rows:
+        splitting.demand(job.batch, micro_batch_size)
 
     def profiled_within(limit_bytes: int, stored: Profile | None = None) -> Profile:
-        found = _usable(stored, job, size, limit_bytes)
-        return _uncoupled(found, batch_norm, pinned=micro_batch_size is not None)
+        found = _usable(stored, job, micro_batch_size, limit_bytes)
+        return _uncoupled(found, job.batch_norm, pinned=micro_batch_size is not None)
 
-    find = partial(find_plan, memory=budget_bytes)
+    def find(current: Profile, example: Any = None) -> Plan:
+        return splitting.find(current, budget_bytes, example)
+
     profile = profiled_within(budget_bytes, profile)
-    if owner is not None or any(graph.coupled for graph in profile.graphs):
-        counter = None  # a later, larger batch must not be split either
-    plan, profile = _planned(profile, find, profiled_within, device_memory(place)[0])
-    run = Accumulation(model, loss, counter, job.is_two_pass, scaler, batch_norm)
-    return Step(run, plan, profile, optimizer=optimizer, find=find)
+    _bar_coupled(profile, splitting)
+    free_bytes = device_memory(place)[0]
+    plan, profile = _planned(profile, lambda current: find(current, job.batch), profiled_within, free_bytes)
+    run = Accumulation(
+        job.model, job.loss_fn, splitting.counter, splitting.is_two_pass, scaler, job.batch_norm
+    )
+    return Step(run, plan, splitting.settled(profile), optimizer=job.optimizer, find=find)
 
 
-def _counter(job: Job, count: Any, micro_batch_size: int | None) -> Any:
-    """What parts are weighted by; a batch that is pinned whole need not be asked."""
-    if count == "coupled" or (
-        count == "auto" and micro_batch_size is not None and micro_batch_size >= rows_of(job.batch)
-    ):
-        return None
-    with by_rows(job.model, job.batch_norm):
-        return counter_for(count, job.model, job.loss_fn, job.batch)
+def _bar_coupled(profile: Profile, splitting: Splitting) -> None:
+    """Where a layer looks across the rows, a later, larger batch must not be split either."""
+    coupled = next((name for graph in profile.graphs for name in graph.coupled), None)
+    if coupled is not None:
+        splitting.bar(coupled, f"{coupled} computes its statistics over the rows it sees")
 
 
 def _planned(
@@ -177,17 +182,6 @@ def _planned(
     return find(profile), profile
 
 
-def _refuse_parts(owner: str | None, rows: int, micro_batch_size: int | None) -> None:
-    """Refuses micro-batches that were asked for where none are exact."""
-    if owner is not None and micro_batch_size is not None and micro_batch_size < rows:
-        raise InexactAccumulation(
-            f"{owner}, so micro-batches of {micro_batch_size} of {rows} rows cannot be added up exactly: "
-            "leave micro_batch_size out to keep the batch whole, or say with count= what the loss is a mean "
-            "over",
-            owner=owner,
-        )
-
-
 def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limit_bytes: int) -> Profile:
     """The stored profile if it still holds, with a warning that says why not; else a new one."""
     if stored is not None:
@@ -202,11 +196,6 @@ def _usable(stored: Profile | None, job: Job, micro_batch_size: int | None, limi
             changed = f"it holds micro-batches of {sizes} rows, and {size} are asked for"
         warnings.warn(f"the stored profile is not used: {changed}; profiling again", stacklevel=3)
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes)
-
-
-def _needs_whole(counter: Counter | Mapping[str, Counter] | None) -> str | None:
-    """Why the batch cannot be split exactly; None if it can, as far as is known before it is recorded."""
-    return None if counter else "no known weights make the losses of parts add up to the loss of the batch"
 
 
 def _budget_bytes(memory: str | int | None, place: torch.device) -> int:

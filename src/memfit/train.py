@@ -276,6 +276,8 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
         profile=read_profile(options.out) if options.resume else None,
     )
     write_plan(options.out, step.plan, step.profile)
+    if step.audit is not None:
+        watch.said(str(step.audit).splitlines()[0])
     watch.planned(step.plan)
     return step
 

@@ -20,10 +20,10 @@ points 3 and 4 are ordinary least squares (numpy.linalg.lstsq).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import combinations, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,8 @@ class Audit:
         undecided: What this audit could not see.
         weights: The weights of the parts of the first split, where they are known.
         notes: What is worth knowing besides.
+        alike: Counters that counted like ``counter`` wherever it was looked: a batch in which they differ
+            must not be split.
     """
 
     kind: Kind
@@ -79,11 +81,37 @@ class Audit:
     undecided: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
 
     @property
     def is_exact(self) -> bool:
         """Whether weighted micro-batches give the gradient of the whole batch."""
         return self.counter is not None
+
+    @property
+    def reason(self) -> str:
+        """Why micro-batches cannot be added up exactly, for a sentence."""
+        if self.kind is Kind.UNDECIDED:
+            return "it cannot be shown under which weights they add up" + "".join(
+                f" ({reason})" for reason in self.undecided
+            )
+        return f"{self.owner}: {self.kind.value}"
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        error = None if np.isnan(self.worst_error) else self.worst_error
+        return asdict(self) | {"kind": self.kind.name, "worst_error": error}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Audit:
+        """Reads what :meth:`to_data` made.
+
+        Raises:
+            KeyError, TypeError, AttributeError, ValueError: It is something else.
+        """
+        told: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
+        error = float("nan") if told["worst_error"] is None else float(told["worst_error"])
+        return Audit(**(told | {"kind": Kind[told["kind"]], "worst_error": error}))
 
     def __str__(self) -> str:
         """A few lines for people."""

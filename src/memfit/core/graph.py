@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from memfit.core.audit import Audit
 from memfit.core.basis import Basis
 
 FORMAT = 3
@@ -276,6 +277,7 @@ class Profile:
         basis: What it depends on: model, batch, versions and so on, each as a short text.
         loss_of_all: Between two passes: the outputs of all micro-batches are joined, then the loss alone goes
             forward and backward.
+        audit: Whether micro-batches add up, where that was asked; it holds as long as the profile does.
     """
 
     rows: int
@@ -289,6 +291,7 @@ class Profile:
     source: str = ""
     basis: Basis = ()
     loss_of_all: StepGraph = EMPTY_GRAPH
+    audit: Audit | None = None
 
     @property
     def update_s(self) -> float:
@@ -314,6 +317,7 @@ class Profile:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"graphs": [graph.to_data() for graph in self.graphs], "residents": asdict(self.residents)}
         data |= {name: data[name].to_data() for name in _SINGLE_GRAPHS}
+        data["audit"] = None if self.audit is None else self.audit.to_data()
         return json.dumps(data | {"format": FORMAT})
 
     @staticmethod
@@ -328,6 +332,7 @@ class Profile:
             graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
             data |= {name: StepGraph.from_data(data[name]) for name in _SINGLE_GRAPHS}
             data["basis"] = tuple((name, value) for name, value in data["basis"])
+            data["audit"] = None if data.get("audit") is None else Audit.from_data(data["audit"])
             residents = data.pop("residents")
             residents |= {name: tuple(residents[name]) for name in residents if name.endswith("_sizes")}
             profile = Profile(graphs=graphs, residents=Residents(**residents), **data)

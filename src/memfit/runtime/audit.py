@@ -43,18 +43,21 @@ from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.job import Job, Optimizers, each_optimizer
 from memfit.runtime.micro import LossFn
 from memfit.runtime.preserve import Snapshot
-from memfit.runtime.sample import samples_of
+from memfit.runtime.sample import Sample, samples_of
 from memfit.runtime.twin import Twin, double_batch, double_copy
-from memfit.runtime.units import known_counters
+from memfit.runtime.units import ignored_values, known_counters
 
 Hooks = dict[str, list[Callable[[Tensor], Tensor | None]]]
 
 LARGEST_COPY_BYTES = 4 << 30
 _ROWS = 6
 _FEW_ROWS = 3  # enough to prove a counter, not to explain why none fits
-_LARGE_BYTES = 256 << 20
+_ENOUGH_ROWS = 5  # have more spans than a sum of two means has unknowns
+_FEW_TOKENS = 16
+LARGE_BYTES = 256 << 20
 _SAMPLED_PARAMETERS = 32
 _LARGEST_SAMPLED = 1 << 16
+_LARGEST_LOOKED_AT = 1 << 20
 _KEEP_WHOLE = "keep the batch whole (leave micro_batch_size out; memfit recomputes instead)"
 
 
@@ -67,6 +70,7 @@ class _Probing(NamedTuple):
     is_thinned: bool
     is_sampled: bool
     lost: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 _OF_THE_LOSS = {Kind.UNITS, Kind.MIXED, Kind.STATISTIC, Kind.COUPLED_LOSS, Kind.COUPLED_LAYER, Kind.UNDECIDED}
@@ -149,8 +153,14 @@ def audit(model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: Optimizer
     return audit_job(Job(model, loss_fn, batch, optimizer))
 
 
-def audit_job(job: Job, *, largest_copy_bytes: int = LARGEST_COPY_BYTES) -> Audit:
-    """The same; a model whose float64 copy and gradients are larger is probed itself, in part."""
+def audit_job(
+    job: Job, *, largest_copy_bytes: int = LARGEST_COPY_BYTES, large_bytes: int = LARGE_BYTES
+) -> Audit:
+    """The same; a model whose float64 copy is larger is probed itself, in part.
+
+    Where copy and gradients are above ``large_bytes``, a few tokens of 3 rows are looked at first, and no
+    gradient of a large parameter; more only where that decides nothing.
+    """
     _refuse_fake(job)
     trained = [name for name, p in job.model.named_parameters() if p.requires_grad]
     if not trained:
@@ -163,26 +173,43 @@ def audit_job(job: Job, *, largest_copy_bytes: int = LARGEST_COPY_BYTES) -> Audi
         return Audit(Kind.OPTIMIZER, None, math.nan, reason, _CURES[Kind.OPTIMIZER])
     rows = rows_of(job.batch)
     if rows < 3:
-        return _undecided(f"{rows} rows have no unequal parts: audit a batch of at least 3 rows")
-    size_bytes = sum(16 * p.numel() for p in job.model.parameters())
+        return undecided(f"{rows} rows have no unequal parts: audit a batch of at least 3 rows")
+    size_bytes = sum(16 * p.numel() for p in job.model.parameters())  # a copy in float64 and its gradients
     hooks: Hooks = {
         name: list(p._backward_hooks.values())
         for name, p in job.model.named_parameters()
         if p._backward_hooks
     }
-    few = _FEW_ROWS if size_bytes > _LARGE_BYTES else _ROWS
+    may_copy = size_bytes <= largest_copy_bytes
     with _no_trace(job.model):
-        found = _attempt(job, hooks, few, may_copy=size_bytes <= largest_copy_bytes)
-        if few < _ROWS and not found.is_exact and found.kind in _OF_THE_LOSS:  # more rows say why
-            found = _attempt(job, hooks, _ROWS, may_copy=size_bytes <= largest_copy_bytes)
-        return found
+        if size_bytes <= large_bytes:
+            return _attempt(job, hooks, _Effort(_ROWS, may_copy=may_copy))
+        may_copy = size_bytes // 2 <= largest_copy_bytes
+        found = _attempt(job, hooks, _Effort(_FEW_ROWS, may_copy=may_copy, is_light=True, explains=False))
+        if found.is_exact or found.kind not in _OF_THE_LOSS:
+            return found
+        if found.kind is Kind.UNDECIDED and size_bytes <= largest_copy_bytes:
+            return _attempt(job, hooks, _Effort(_ROWS, may_copy=True))  # all of the gradient may decide it
+        return _attempt(job, hooks, _Effort(_ENOUGH_ROWS, may_copy=may_copy, is_light=True))
 
 
-def _attempt(job: Job, hooks: Hooks, most_rows: int, *, may_copy: bool) -> Audit:
-    """The audit by a probe of at most ``most_rows`` rows."""
-    probing = _probing(job, hooks, most_rows, may_copy=may_copy)
+class _Effort(NamedTuple):
+    """How much an attempt looks at: rows; and if light, few tokens and no gradient of a large parameter.
+
+    One that ``explains`` goes on to find the cause where no counter fits.
+    """
+
+    rows: int
+    may_copy: bool
+    is_light: bool = False
+    explains: bool = True
+
+
+def _attempt(job: Job, hooks: Hooks, effort: _Effort) -> Audit:
+    """The audit by one probe."""
+    probing = _probing(job, hooks, effort)
     try:
-        return _judged(probing)
+        return _judged(probing, explains=effort.explains)
     finally:
         probing.twin.draws.restore_generators()
 
@@ -221,9 +248,9 @@ def _calling_the_loss(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def _undecided(reason: str, *, error: float = math.nan) -> Audit:
-    """No answer."""
-    return Audit(Kind.UNDECIDED, None, error, "audit", _CURES[Kind.UNDECIDED], (reason,))
+def undecided(reason: str) -> Audit:
+    """No answer, for this reason."""
+    return Audit(Kind.UNDECIDED, None, math.nan, "loss_fn", _CURES[Kind.UNDECIDED], (reason,))
 
 
 # ---- the twin ------------------------------------------------------------------------------------
@@ -245,28 +272,25 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
                 p._backward_hooks.update(entries)  # type: ignore[union-attr]
 
 
-def _probing(job: Job, hooks: Hooks, most_rows: int, *, may_copy: bool) -> _Probing:
+def _probing(job: Job, hooks: Hooks, effort: _Effort) -> _Probing:
     """The most precise twin on which the loss runs."""
     names = frozenset(name for name, p in job.model.named_parameters() if p.requires_grad)
-    sampled = names if may_copy else _few_parameters(job.model)
-    lost: list[str] = []
-    if not may_copy:
-        unseen = len(names) - len(sampled)
-        lost.append(f"the gradients of {unseen} of {len(names)} parameters: the model is too large to copy")
-    copied = _copied(job.model, lost) if may_copy else None
-    samples = samples_of(job.batch, most_rows)
-    tries = [(model, sample) for model in (copied, None) for sample in samples][
-        0 if copied else len(samples) :
-    ]
-    for number, (model, (probe, is_thinned)) in enumerate(tries):
-        in_double = model is not None
-        twin = Twin(
-            model or job.model,
-            job.loss_fn,
-            double_batch(probe) if in_double else probe,
-            sampled,
-            in_double=in_double,
-        )
+    sampled = names if effort.may_copy else _few_parameters(job.model)
+    if effort.may_copy and effort.is_light:
+        sampled = _light_parameters(job.model) | frozenset(hooks)
+    lost, notes = list[str](), list[str]()
+    unseen = f"the gradients of {len(names - sampled)} of {len(names)} parameters"
+    if not effort.may_copy:
+        lost.append(f"{unseen}: the model is too large to copy")
+    elif sampled != names:
+        notes.append(f"{unseen} were not compared, being large; their losses were")
+    copied = _copied(job.model, lost) if effort.may_copy else None
+    tokens = _FEW_TOKENS if effort.is_light else None
+    samples = samples_of(job.batch, effort.rows, tokens, ignored_values(job.model, job.loss_fn))
+    models = [None] if copied is None else [copied, None]
+    tries = [(model, sample) for model in models for sample in samples]
+    for number, (model, sample) in enumerate(tries):
+        twin = _twin(job, model, sample, sampled)
         twin.keep = sampled & frozenset(hooks)
         try:
             twin.choose_coordinates()
@@ -274,13 +298,32 @@ def _probing(job: Job, hooks: Hooks, most_rows: int, *, may_copy: bool) -> _Prob
             twin.draws.restore_generators()
             if number == len(tries) - 1:
                 raise
-            if in_double and number == len(samples) - 1:
+            if twin.in_double and number == len(samples) - 1:
                 lost.append(f"float64: the loss does not run in it ({type(error).__name__}: {error})")
             continue
-        if not in_double:
+        if not twin.has_gradient and sample is not samples[-1]:
+            continue  # all that was left of the rows is ignored
+        if not twin.in_double:
             lost.append(f"differences below {twin.tolerance:.0e}: the model was probed in its own precision")
-        return _Probing(twin, job, hooks, is_thinned, sampled != names, tuple(lost))
+        if sample.cut_tokens is not None:
+            notes.append("sequences were cut to {} of {} tokens".format(*sample.cut_tokens))
+        is_sampled = sampled != names
+        return _Probing(twin, job, hooks, sample.has_thin_labels, is_sampled, tuple(lost), tuple(notes))
     raise AssertionError("a batch has at least one sample")
+
+
+def _twin(job: Job, copied: nn.Module | None, sample: Sample, names: frozenset[str]) -> Twin:
+    """A twin of the copy, or of the model itself, on a sample."""
+    in_double = copied is not None
+    probe = double_batch(sample.batch) if in_double else sample.batch
+    return Twin(copied or job.model, job.loss_fn, probe, names, in_double=in_double)
+
+
+def _light_parameters(model: nn.Module) -> frozenset[str]:
+    """All but the large parameters: what reaches those passes through their small neighbours too."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    small = [name for name, size in trained.items() if size <= _LARGEST_LOOKED_AT]
+    return frozenset(small or sorted(trained, key=lambda name: trained[name])[:2])
 
 
 def _copied(model: nn.Module, lost: list[str]) -> nn.Module | None:
@@ -366,22 +409,22 @@ def _drifting(ends: list[dict[str, Tensor]], tolerance: float) -> list[str]:
 # ---- verdict -------------------------------------------------------------------------------------
 
 
-def _judged(probing: _Probing) -> Audit:
+def _judged(probing: _Probing, *, explains: bool) -> Audit:
     """The audit of a twin that runs. See Note [Audit]."""
     twin = probing.twin
     if not twin.is_precise:
-        return _undecided("; ".join((*probing.lost, "half precision cannot tell weights apart")))
+        return undecided("; ".join((*probing.lost, "half precision cannot tell weights apart")))
     try:
         evidence, drifting = _evidence(twin, probing.job)
         norm = float(abs(evidence.whole).max())
         if not 0 < norm < math.inf:
             what = "zero" if norm == 0 else "not finite"
-            return _undecided(f"the gradient of the probed rows is {what}, so there is nothing to compare")
+            return undecided(f"the gradient of the probed rows is {what}, so there is nothing to compare")
         finding = exact_counter(evidence)
         kind, owner = _seen(twin)
         if kind is None and finding.counter is not None:
             finding, kind, owner = _behind_exact(probing, evidence, finding, drifting)
-        elif kind is None and finding.kind is not Kind.UNDECIDED:
+        elif kind is None and finding.kind is not Kind.UNDECIDED and explains:
             finding, kind, owner = _cause(probing, finding, drifting)
     except Exception as error:  # the whole probe runs: it is the parts that do not
         return _failed_on_parts(probing, error)
@@ -397,15 +440,18 @@ def _answer(probing: _Probing, evidence: Evidence, finding: Finding, kind: Kind 
         f"the random numbers of {name}, which cannot be replayed by rows" for name in twin.draws.unknown
     ]
     notes = _notes(twin, evidence, finding)
-    if kind is None and finding.counter is not None and not (probing.is_sampled and notes.losses_differ):
+    is_part = probing.is_sampled or not twin.in_double
+    if kind is None and finding.counter is not None and not (is_part and notes.losses_differ):
+        lines = (*notes.lines, *probing.notes)
         return Audit(
-            answer, finding.counter, finding.error, owner, (), tuple(undecided), finding.weights, notes.lines
-        )
+            answer, finding.counter, finding.error, owner, (), tuple(undecided), finding.weights, lines,
+            finding.equals,
+        )  # fmt: skip
     if finding.equals and finding.kind is Kind.UNDECIDED:
         undecided.append("the parts of the probe have equal gradients, which fit any weights")
     elif finding.counter is not None and kind is None:
         answer = Kind.UNDECIDED
-        undecided.append("sampled gradients add up, and the losses do not: the others may not either")
+        undecided.append("the gradients that were compared add up, and the losses do not: the others may not")
     terms = (f"terms over {' and over '.join(finding.units)}",) if answer is Kind.MIXED else ()
     weights = finding.weights if kind is None else ()
     return Audit(answer, None, finding.error, owner, _CURES[answer], tuple(undecided), weights, terms)
@@ -522,7 +568,7 @@ def _notes(twin: Twin, evidence: Evidence, finding: Finding) -> _Notes:
         return _Notes(tuple(lines), False)
     pairs = zip(finding.weights, evidence.partitions[0], strict=True)
     total, whole = sum(w * twin.losses[span] for w, span in pairs if w), twin.losses[0, twin.rows]
-    differ = abs(total - whole) > 10 * twin.tolerance * max(1.0, abs(whole))
+    differ = abs(total - whole) > twin.loss_tolerance * max(1.0, abs(whole))
     if differ:
         lines.append(f"the gradients add up, the losses do not ({total:.6g} for {whole:.6g})")
     return _Notes(tuple(lines), differ)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memfit.core.audit import Audit, Kind
+from memfit.core.audit import Kind
+from memfit.errors import InexactAccumulation
 from memfit.runtime.audit import audit_job
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.job import Job
 from memfit.runtime.micro import OutputsFn, OutputsLoss
+from memfit.runtime.normalisation import by_rows
 from memfit.runtime.passes import is_differentiable
 from memfit.runtime.rehearse import refuse_no_rows
 
@@ -38,15 +40,32 @@ class SumOverRows:
         return sum(terms[1:], terms[0])
 
 
-def audit_of_rows(job: Job) -> Audit:
-    """The audit of what every row's outputs are made of; exact by "sum" where two passes are exact."""
-    assert isinstance(job.loss_fn, OutputsLoss)
-    return audit_job(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
+def in_two_passes(job: Job, count: object) -> Job:
+    """The job, to be run in two passes where its loss is given apart from the outputs and does not add up.
 
+    Args:
+        count: As :func:`memfit.fit` has it: ``"coupled"`` asks for two passes, ``"auto"`` where they are
+            needed and exact.
 
-def are_independent(audit: Audit) -> bool:
-    """Whether :func:`audit_of_rows` has proved that two passes are exact."""
-    return audit.is_exact and audit.kind is Kind.SUM
+    Raises:
+        ValueError: Two passes are asked for, and the outputs are not given apart.
+        InexactAccumulation: Two passes are asked for, and are not exact, or outputs have no rows.
+    """
+    if not isinstance(job.loss_fn, OutputsLoss):
+        if count == "coupled":
+            raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on all outputs")
+        return job
+    if count not in ("auto", "coupled") or rows_of(job.batch) < 2:
+        return job
+    with by_rows(job.model, job.batch_norm):
+        if count == "auto" and audit_job(job).is_exact:
+            return job
+        audited = audit_job(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
+    if audited.is_exact and audited.kind is Kind.SUM:
+        return job._replace(is_two_pass=True)
+    if count == "coupled":
+        raise InexactAccumulation(f"two passes are not exact: {audited}", owner=audited.owner)
+    return job
 
 
 def _generic(outputs: Tensor, number: int) -> Tensor:

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memfit.core.audit import Audit
 from memfit.core.costs import at_speed
 from memfit.core.frontier import fallbacks
 from memfit.core.graph import Profile, in_blocks
@@ -159,6 +160,11 @@ class Step:
         self._circumstances = _circumstances(self._model)
         self._written: set[str] = set()
         self.rescues: list[Rescue] = []
+
+    @property
+    def audit(self) -> Audit | None:
+        """What was found out about splitting a batch; None where nothing had to be."""
+        return getattr(self._accumulation.counter, "audit", self.profile.audit)
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss of the whole batch, detached; adds its gradient to ``.grad``.
@@ -284,6 +290,7 @@ class Step:
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
             return False
+        self.profile = replace(self.profile, audit=self.audit)
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
 

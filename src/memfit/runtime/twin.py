@@ -15,6 +15,7 @@ Note [Twin]
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ _MOST_COORDINATES = 1_000_000
 _LEAST_NORM = 1e-4  # of the largest parameter's gradient; below it a norm is that of rounding
 _MOVED = 0.02  # of the value of a constant parameter
 _SEED = 2024
+_LOOK = 64
 
 
 class Unrelated(ValueError):
@@ -76,9 +78,20 @@ class Twin:
         return 1e-9 if self.in_double or self._precision() == torch.float64 else 1e-3
 
     @property
+    def loss_tolerance(self) -> float:
+        """A relative error of the loss below it is rounding, which is less than that of gradients."""
+        return 10 * self.tolerance if self.tolerance < 1e-6 else 1e-5
+
+    @property
     def is_precise(self) -> bool:
         """Whether the arithmetic can tell weights apart at all."""
         return self.in_double or self._precision() in (torch.float32, torch.float64)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the whole probe has a finite gradient that is not zero."""
+        norms = [float(gradient.norm()) for gradient in self.whole.values()]
+        return all(math.isfinite(norm) for norm in norms) and any(norms)
 
     def _precision(self) -> torch.dtype:
         """The least precise type of the parameters."""
@@ -197,14 +210,26 @@ class Twin:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """A copy in float64, constant parameters moved off their values. See Note [Twin] 2."""
-    twin = copy.deepcopy(model).double()
+    # Copied at once in float64: a copy in the model's own precision first takes as long again.
+    doubles = {
+        id(p): nn.Parameter(p.detach().double(), requires_grad=p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter and p.dtype in LOWER
+    }
+    twin = copy.deepcopy(model, doubles).double()
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for p in twin.parameters():
-            if p.requires_grad and p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+            if p.requires_grad and p.is_floating_point() and p.numel() and _is_constant(p):
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 p.add_(noise.to(p.device), alpha=_MOVED * (float(p.flatten()[0].abs()) or 1.0))
     return twin
+
+
+def _is_constant(p: Tensor) -> bool:
+    """Whether all entries are the same; a look at a few mostly tells."""
+    few = p.flatten()[:_LOOK]
+    return bool((few == few[0]).all()) and bool((p == few[0]).all())
 
 
 def double_batch(batch: Any) -> Any:

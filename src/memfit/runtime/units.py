@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import tensors_of
-from memfit.runtime.count import IGNORED, Counter, labels, one, rows, shifted_labels
-from memfit.runtime.micro import LossFn
+from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows, shifted_labels
+from memfit.runtime.micro import LossFn, OutputsLoss
+
+_DEEPEST = 3  # functions within functions
+_MOST_VALUES = 4
+_NO_FUNCTION = (Tensor, nn.Module, type)
 
 
 def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Counter]:
@@ -20,32 +25,56 @@ def known_counters(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, C
     Class weights are those that ``loss_fn`` closes over or that a loss module of the model holds.
     """
     found: dict[str, Counter] = {"rows": rows, "sum": one, "labels": labels, "shifted_labels": shifted_labels}
+    class_weights = [*_class_weights(model, loss_fn)]
+    ignored = (IGNORED, -1, 0, *ignored_values(model, loss_fn))
+    named = _labels_or_none(batch)
     for path, leaf in tensors_of(batch):
-        if leaf.dim() == 0:
+        if leaf.dim() == 0 or leaf.is_complex():
             continue
-        if leaf.is_floating_point() or leaf.dtype == torch.bool or _is_binary(leaf):
-            if not leaf.is_floating_point() or bool((leaf >= 0).all()):
-                found[f"sum of {path}"] = functools.partial(_sum, path, 0)
-                if leaf.dim() >= 2:
-                    found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
-        elif not leaf.is_complex():
-            found.update(_counters_of_labels(path, leaf, [*_class_weights(model, loss_fn)]))
+        if _may_be_weights(leaf):
+            found[f"sum of {path}"] = functools.partial(_sum, path, 0)
+            if leaf.dim() >= 2:
+                found[f"sum of {path}[:, 1:]"] = functools.partial(_sum, path, 1)
+        if not leaf.is_floating_point() and leaf.dtype != torch.bool:
+            is_known = leaf is named and leaf.dim() <= 2  # what is not -100 there has a name
+            values = ignored[1:] if is_known else ignored
+            found.update(_counters_of_labels(path, leaf, class_weights, values))
     return found
 
 
+def _labels_or_none(batch: Any) -> Tensor | None:
+    """The leaf called labels, where there is one."""
+    try:
+        return labels_of(batch)
+    except InexactAccumulation:
+        return None
+
+
+def ignored_values(model: nn.Module, loss_fn: LossFn) -> tuple[int, ...]:
+    """Numbers besides -100, -1 and 0 that a loss may ignore: for padding, for pixels without a class."""
+    found = [getattr(getattr(model, "config", None), "pad_token_id", None)]
+    for name, value in [("loss_fn", loss_fn), ("model", model), *_reachable(loss_fn)]:
+        code = getattr(value, "__code__", None)
+        if isinstance(value, nn.Module):
+            found += [getattr(module, "ignore_index", None) for module in value.modules()]
+        elif code is not None and any("ignore_index" in c for c in code.co_consts if isinstance(c, tuple)):
+            found += code.co_consts  # names of keywords stand among the constants
+        elif "pad" in name.lower() or "ignore" in name.lower():
+            found.append(value)
+    return tuple(dict.fromkeys(v for v in found if type(v) is int and v > 0))[:_MOST_VALUES]
+
+
 def _counters_of_labels(
-    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]]
+    path: str, leaf: Tensor, class_weights: list[tuple[str, Tensor]], ignored: tuple[int, ...]
 ) -> dict[str, Counter]:
     """What can be counted in a leaf of whole numbers."""
-    found: dict[str, Counter] = {
-        f"entries of {path} that are not {IGNORED}": functools.partial(_valid, path, 0, IGNORED)
-    }
-    if leaf.dim() >= 2:
-        name = f"entries of {path}[:, 1:] that are not {IGNORED}"
-        found[name] = functools.partial(_valid, path, 1, IGNORED)
-    found[f"entries of {path} above 0"] = functools.partial(_above, path)
-    for value in (0, -1):
+    found: dict[str, Counter] = {}
+    for value in ignored:
         found[f"entries of {path} that are not {value}"] = functools.partial(_valid, path, 0, value)
+        if leaf.dim() >= 2:
+            name = f"entries of {path}[:, 1:] that are not {value}"
+            found[name] = functools.partial(_valid, path, 1, value)
+    found[f"entries of {path} above 0"] = functools.partial(_above, path)
     for name, weight in class_weights:
         if int(leaf.max()) < len(weight):
             found[f"sum of {name}[{path}]"] = functools.partial(_weighed, path, 0, weight)
@@ -56,7 +85,13 @@ def _counters_of_labels(
 
 def _leaf(path: str, part: Any, first: int) -> Tensor:
     """A leaf of a micro-batch, without the first ``first`` entries of each row."""
-    found = next(tensor for name, tensor in tensors_of(part) if name == path)
+    found = next((tensor for name, tensor in tensors_of(part) if name == path), None)
+    if found is None:
+        raise InexactAccumulation(
+            f"the batch has no {path}, by which micro-batches are weighted: give batches of one form, or say "
+            "with count= what the loss is a mean over",
+            owner=path,
+        )
     return found[:, first:] if first else found
 
 
@@ -81,9 +116,11 @@ def _weighed(path: str, first: int, weight: Tensor, part: Any) -> float:
     return float(weight.detach().double()[found[found >= 0].to(weight.device)].sum())
 
 
-def _is_binary(leaf: Tensor) -> bool:
-    """Whether a leaf of whole numbers is a mask."""
-    return bool(((leaf == 0) | (leaf == 1)).all())
+def _may_be_weights(leaf: Tensor) -> bool:
+    """Whether a leaf is a mask, or numbers of which none is negative."""
+    if leaf.is_floating_point():
+        return bool((leaf >= 0).all())
+    return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
 
 
 def _class_weights(model: nn.Module, loss_fn: LossFn) -> Iterator[tuple[str, Tensor]]:
@@ -104,15 +141,36 @@ def _vectors_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _reachable(loss_fn: Any) -> Iterator[tuple[str, Any]]:
-    """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments."""
+    """What a loss function may use by name: its closure, globals, defaults, bound and partial arguments.
+
+    Functions among these are looked into as well, for a loss is often wrapped.
+    """
+    level, seen = [loss_fn], {id(loss_fn)}
+    for _ in range(_DEEPEST):
+        found = [entry for function in level for entry in _held(function)]
+        yield from found
+        level = [v for _, v in found if id(v) not in seen and callable(v) and not isinstance(v, _NO_FUNCTION)]
+        seen.update(map(id, level))
+
+
+def _held(loss_fn: Any) -> Iterator[tuple[str, Any]]:
+    """What one function or callable object holds."""
+    if isinstance(loss_fn, OutputsLoss):
+        yield from (("outputs_fn", loss_fn.outputs_fn), ("loss_fn", loss_fn.of_outputs))
+        return
     if isinstance(loss_fn, functools.partial):
         yield from loss_fn.keywords.items()
         yield from ((f"argument {i}", value) for i, value in enumerate(loss_fn.args))
-        yield from _reachable(loss_fn.func)
+        yield "function", loss_fn.func
         return
-    yield from getattr(getattr(loss_fn, "__self__", None), "__dict__", {}).items()
+    owner = getattr(loss_fn, "__self__", loss_fn)
+    if isinstance(owner, nn.Module):
+        yield "loss_fn", owner
+    elif owner is not loss_fn:
+        yield from getattr(owner, "__dict__", {}).items()
     code = getattr(loss_fn, "__code__", None)
     if code is None:
+        yield from getattr(loss_fn, "__dict__", {}).items()
         return
     for name, cell in zip(code.co_freevars, loss_fn.__closure__ or (), strict=True):
         try:
