@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memfit
+from memfit.core.audit import Kind
+from memfit.errors import InexactAccumulation
 
 ROWS, LENGTH, WIDTH, CLASSES = 7, 5, 8, 6
 PLENTY = "1GiB"
@@ -149,3 +151,73 @@ def test_a_count_of_nothing_names_its_term() -> None:
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="term 'tokens' gave 0"):
         step(batch)
+
+
+# ---- found by the audit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_the_audit_finds_what_each_term_is_a_mean_over(micro: int) -> None:
+    model, batch = model_of(), sequences()
+    twin = copy.deepcopy(model)
+    step = memfit.fit(model, terms_of, batch, memory=PLENTY, micro_batch_size=micro)
+    step(batch)
+    total = sum(terms_of(twin, batch).values(), torch.zeros(()))
+    total.backward()
+    for found, expected in zip(gradients(model), gradients(twin), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    assert step.audit is not None
+    assert step.audit.is_exact
+    counts = {name: audit.counter for name, audit in step.audit.terms}
+    assert counts.keys() == COUNTS.keys()
+    assert counts["tokens"] == "labels"
+    assert memfit.Profile.from_json(step.profile.to_json()).audit == step.audit
+
+
+def test_an_audit_says_what_each_term_is_weighted_by() -> None:
+    found = memfit.audit(model_of(), terms_of, sequences())
+    assert found.is_exact
+    assert "tokens by labels" in str(found)
+
+
+def test_a_loss_that_is_the_same_for_every_part_is_not_split_on_its_own() -> None:
+    found = memfit.audit(model_of(), lambda m, b: terms_of(m, b)["decay"], sequences())
+    assert not found.is_exact
+    assert found.kind is Kind.SAME
+    assert "equal gradients" in found.reason
+
+
+def test_a_term_that_couples_the_rows_is_named() -> None:
+    def with_a_coupled_term(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(batch["x"]).flatten(1)
+        return {**terms_of(model, batch), "spread": (logits - logits.mean(0)).square().sum().sqrt()}
+
+    found = memfit.audit(model_of(), with_a_coupled_term, sequences())
+    assert not found.is_exact
+    assert found.owner == "term 'spread'"
+    assert found.cures
+    with pytest.raises(InexactAccumulation, match="'spread'"):
+        memfit.fit(model_of(), with_a_coupled_term, sequences(), memory=PLENTY, micro_batch_size=3)
+
+
+def test_a_term_that_is_a_constant_does_not_hinder_the_others() -> None:
+    def with_a_constant(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {**terms_of(model, batch), "offset": torch.tensor(2.0, dtype=torch.float64)}
+
+    model, batch = model_of(), sequences()
+    step = memfit.fit(model, with_a_constant, batch, memory=PLENTY, micro_batch_size=2)
+    total = sum(with_a_constant(model, batch).values(), torch.zeros(()))
+    torch.testing.assert_close(step(batch), total.detach(), rtol=1e-12, atol=0)
+
+
+def test_a_gradient_hook_that_is_not_linear_does_not_keep_the_batch_whole() -> None:
+    """It runs once, on the gradient of the whole batch."""
+    model, batch = model_of(), sequences()
+    twin = copy.deepcopy(model)
+    for net in (model, twin):
+        next(net.parameters()).register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    step = memfit.fit(model, terms_of, batch, memory=PLENTY, micro_batch_size=2)
+    step(batch)
+    sum(terms_of(twin, batch).values(), torch.zeros(())).backward()
+    for found, expected in zip(gradients(model), gradients(twin), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)

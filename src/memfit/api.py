@@ -19,7 +19,6 @@ from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation, InfeasibleBudget, UnsupportedModel
 from memfit.runtime.accumulate import Accumulation
-from memfit.runtime.audit import audit
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
@@ -33,6 +32,7 @@ from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting
 from memfit.runtime.step import Step, Verdict
+from memfit.runtime.terms import audit
 from memfit.runtime.windows import windows
 from memfit.units import parse_memory
 from memfit.workload import Workload

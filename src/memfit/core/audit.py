@@ -20,7 +20,7 @@ points 3 and 4 are ordinary least squares (numpy.linalg.lstsq).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ class Kind(Enum):
     SHARED_RANDOMNESS = "random numbers shared by the rows"
     GRADIENT_HOOK = "gradient hook is not linear"
     OPTIMIZER = "optimizer cannot accumulate"
+    SAME = "every part has the same gradient"
     UNDECIDED = "undecided"
 
 
@@ -71,6 +72,7 @@ class Audit:
         notes: What is worth knowing besides.
         alike: Counters that counted like ``counter`` wherever it was looked: a batch in which they differ
             must not be split.
+        terms: Of a loss that is a mapping of terms which no one count fits: the audit of each, by name.
     """
 
     kind: Kind
@@ -82,16 +84,18 @@ class Audit:
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    terms: tuple[tuple[str, Audit], ...] = ()
 
     @property
     def is_exact(self) -> bool:
-        """Whether weighted micro-batches give the gradient of the whole batch."""
-        return self.counter is not None
+        """Whether weighted micro-batches, or terms of them, give the gradient of the whole batch."""
+        terms = [audit for _, audit in self.terms]
+        return all(term.is_exact for term in terms) if terms else self.counter is not None
 
     @property
     def reason(self) -> str:
         """Why micro-batches cannot be added up exactly, for a sentence."""
-        if self.kind is Kind.UNDECIDED:
+        if self.kind in {Kind.UNDECIDED, Kind.SAME}:
             return "it cannot be shown under which weights they add up" + "".join(
                 f" ({reason})" for reason in self.undecided
             )
@@ -100,7 +104,12 @@ class Audit:
     def to_data(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         error = None if np.isnan(self.worst_error) else self.worst_error
-        return asdict(self) | {"kind": self.kind.name, "worst_error": error}
+        terms = [[name, audit.to_data()] for name, audit in self.terms]
+        return asdict(replace(self, terms=())) | {
+            "kind": self.kind.name,
+            "worst_error": error,
+            "terms": terms,
+        }
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Audit:
@@ -111,11 +120,13 @@ class Audit:
         """
         told: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
         error = float("nan") if told["worst_error"] is None else float(told["worst_error"])
-        return Audit(**(told | {"kind": Kind[told["kind"]], "worst_error": error}))
+        terms = tuple((str(name), Audit.from_data(term)) for name, term in told["terms"])
+        return Audit(**(told | {"kind": Kind[told["kind"]], "worst_error": error, "terms": terms}))
 
     def __str__(self) -> str:
         """A few lines for people."""
-        answer = f"exact, weighted by {self.counter}" if self.is_exact else "not exact"
+        counts = ", ".join(f"{name} by {audit.counter}" for name, audit in self.terms) or f"by {self.counter}"
+        answer = f"exact, weighted {counts}" if self.is_exact else "not exact"
         error = "" if np.isnan(self.worst_error) else f" (worst relative error {self.worst_error:.1e})"
         lines = [f"accumulation is {answer}: {self.kind.value}, {self.owner}{error}"]
         for title, entries in (("cure", self.cures), ("undecided", self.undecided), ("note", self.notes)):
@@ -191,7 +202,7 @@ def exact_counter(evidence: Evidence) -> Finding:
     shares = shares_of(evidence, first)
     alike = [np.allclose(shares_of(evidence, name), shares, rtol=1e-9, atol=0) for name in fitting]
     if not all(alike):  # parts of equal gradients fit anything
-        return Finding(Kind.UNDECIDED, None, errors[first], equals=tuple(fitting))
+        return Finding(Kind.SAME, None, errors[first], equals=tuple(fitting))
     kind = {SUM: Kind.SUM, ROWS: Kind.ROWS}.get(first, Kind.UNITS)
     weights = tuple(shares[: len(evidence.partitions[0])])
     return Finding(kind, first, errors[first], weights, tuple(fitting[1:]))

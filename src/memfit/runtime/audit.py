@@ -40,8 +40,7 @@ from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.company import mixing_module
 from memfit.runtime.doubled import Doubled
 from memfit.runtime.fake import is_fake, untouched
-from memfit.runtime.job import Job, Optimizers, each_optimizer
-from memfit.runtime.micro import LossFn
+from memfit.runtime.job import Job, each_optimizer
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.sample import Sample, samples_of
 from memfit.runtime.twin import Twin, double_batch, double_copy
@@ -73,7 +72,15 @@ class _Probing(NamedTuple):
     notes: tuple[str, ...]
 
 
-_OF_THE_LOSS = {Kind.UNITS, Kind.MIXED, Kind.STATISTIC, Kind.COUPLED_LOSS, Kind.COUPLED_LAYER, Kind.UNDECIDED}
+_UNDECIDED = {Kind.UNDECIDED, Kind.SAME}
+_OF_THE_LOSS = {
+    *_UNDECIDED,
+    Kind.UNITS,
+    Kind.MIXED,
+    Kind.STATISTIC,
+    Kind.COUPLED_LOSS,
+    Kind.COUPLED_LAYER,
+}
 
 _CURES: dict[Kind, tuple[str, ...]] = {
     Kind.UNITS: (
@@ -121,6 +128,10 @@ _CURES: dict[Kind, tuple[str, ...]] = {
         "if it calls the loss itself, let it call a step of memfit.fit, which runs the whole batch: "
         "closure = lambda: (optimizer.zero_grad(), step(batch))[1]",
     ),
+    Kind.SAME: (
+        "audit a batch whose rows differ, or say with count= what the loss is a mean over",
+        _KEEP_WHOLE,
+    ),
     Kind.UNDECIDED: (
         "say with count= what the loss is a mean over, if you know that it is additive",
         _KEEP_WHOLE,
@@ -128,35 +139,21 @@ _CURES: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def audit(model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: Optimizers = None) -> Audit:
-    """Returns whether micro-batches give exactly the gradient of the whole batch, and under which weights.
-
-    A copy of the model in float64 runs up to 6 rows of the batch, whole and in unequal parts. Nothing of the
-    caller's changes: not the model, its gradients, buffers, modes and hooks, not the batch, the random
-    streams or autocast.
-
-    What it cannot see: a coupling that shows only in larger batches (experts that drop tokens when they are
-    full), another path through the model for other data, what a loss writes outside of the model.
-
-    Args:
-        model: Any module, in the modes it trains in.
-        loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch.
-        batch: An example of the effective batch; its tensors share the first dimension.
-        optimizer: Judged too, if given; a list of several, each.
-
-    Raises:
-        UnsupportedModel: The model or the batch is fake or on the meta device: there is nothing to compare.
-        InexactAccumulation: The batch cannot be split by rows; the error names the leaf.
-        TypeError, ValueError: The loss is not one number with a graph, or nothing is trainable.
-        Exception: What ``loss_fn`` raised, with a note of the rows that were probed.
-    """
-    return audit_job(Job(model, loss_fn, batch, optimizer))
+def cures(kind: Kind) -> tuple[str, ...]:
+    """What the user can do where a kind of loss or layer hinders exact accumulation."""
+    return _CURES.get(kind, ())
 
 
 def audit_job(
-    job: Job, *, largest_copy_bytes: int = LARGEST_COPY_BYTES, large_bytes: int = LARGE_BYTES
+    job: Job,
+    *,
+    largest_copy_bytes: int = LARGEST_COPY_BYTES,
+    large_bytes: int = LARGE_BYTES,
+    judges_hooks: bool = True,
 ) -> Audit:
-    """The same; a model whose float64 copy is larger is probed itself, in part.
+    """The same of a loss that is one number; a model whose float64 copy is larger is probed itself, in part.
+
+    Gradient hooks of parameters are judged unless they will run once, on the whole gradient.
 
     Where copy and gradients are above ``large_bytes``, a few tokens of 3 rows are looked at first, and no
     gradient of a large parameter; more only where that decides nothing.
@@ -178,7 +175,7 @@ def audit_job(
     hooks: Hooks = {
         name: list(p._backward_hooks.values())
         for name, p in job.model.named_parameters()
-        if p._backward_hooks
+        if p._backward_hooks and judges_hooks
     }
     may_copy = size_bytes <= largest_copy_bytes
     with _no_trace(job.model):
@@ -188,7 +185,7 @@ def audit_job(
         found = _attempt(job, hooks, _Effort(_FEW_ROWS, may_copy=may_copy, is_light=True, explains=False))
         if found.is_exact or found.kind not in _OF_THE_LOSS:
             return found
-        if found.kind is Kind.UNDECIDED and size_bytes <= largest_copy_bytes:
+        if found.kind in _UNDECIDED and size_bytes <= largest_copy_bytes:
             return _attempt(job, hooks, _Effort(_ROWS, may_copy=True))  # all of the gradient may decide it
         return _attempt(job, hooks, _Effort(_ENOUGH_ROWS, may_copy=may_copy, is_light=True))
 
@@ -424,7 +421,7 @@ def _judged(probing: _Probing, *, explains: bool) -> Audit:
         kind, owner = _seen(twin)
         if kind is None and finding.counter is not None:
             finding, kind, owner = _behind_exact(probing, evidence, finding, drifting)
-        elif kind is None and finding.kind is not Kind.UNDECIDED and explains:
+        elif kind is None and finding.kind is not Kind.SAME and explains:
             finding, kind, owner = _cause(probing, finding, drifting)
     except Exception as error:  # the whole probe runs: it is the parts that do not
         return _failed_on_parts(probing, error)
@@ -447,8 +444,8 @@ def _answer(probing: _Probing, evidence: Evidence, finding: Finding, kind: Kind 
             answer, finding.counter, finding.error, owner, (), tuple(undecided), finding.weights, lines,
             finding.equals,
         )  # fmt: skip
-    if finding.equals and finding.kind is Kind.UNDECIDED:
-        undecided.append("the parts of the probe have equal gradients, which fit any weights")
+    if finding.kind is Kind.SAME:
+        undecided.append("equal gradients fit any weights")
     elif finding.counter is not None and kind is None:
         answer = Kind.UNDECIDED
         undecided.append("the gradients that were compared add up, and the losses do not: the others may not")

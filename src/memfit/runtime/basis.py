@@ -96,7 +96,7 @@ def _told(function: Any, depth: int = 0) -> list[str]:
         parts = [function.func, *function.args, *function.keywords.items()]
         return [text for part in parts for text in _told(part, depth + 1)]
     if isinstance(function, OutputsLoss):
-        return [*_told(function.outputs_fn, depth), *_told(function.of_outputs, depth)]
+        return _told((function.outputs_fn, function.of_outputs), depth)
     if isinstance(function, (tuple, list)):
         return [text for part in function for text in _told(part, depth + 1)]
     owner = getattr(function, "__self__", None)  # of a bound method

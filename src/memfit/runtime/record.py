@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
                 self._appear(tensor)
         inputs = self._inputs(args, kwargs)
         written = declared_writes(info, args, kwargs)
-        if func is _ADD and not args[0]._is_view():
+        if func is _ADD and isinstance(args[0], Tensor) and not args[0]._is_view():
             self.owning_sums.add(len(self.ops))
         if self.is_forward and written:
             self.changed.extend(t for t in written if isinstance(t, nn.Parameter))

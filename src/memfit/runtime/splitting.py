@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from memfit.core.basis import what_changed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget
-from memfit.runtime.audit import LARGEST_COPY_BYTES, audit_job, undecided
+from memfit.runtime.audit import LARGEST_COPY_BYTES, undecided
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import map_tensors, rows_of, tensors_of
 from memfit.runtime.count import Counter, Weigher, counter_named, shares, weights
@@ -34,6 +34,7 @@ from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import Weight
 from memfit.runtime.normalisation import by_rows
 from memfit.runtime.sample import has_lists
+from memfit.runtime.terms import audit_terms
 from memfit.runtime.units import known_counters
 
 _log = logging.getLogger("memfit")
@@ -68,7 +69,7 @@ class Splitting(Weigher):
         self._job = job._replace(batch=None)
         self._limit_bytes = limit_bytes
         self._counter = self._given
-        self._alike: dict[str, Counter] = {}
+        self._alike: list[_Alike] = []
         self._barred: str | None = None
         if self._given is None and stored is not None and _holds(stored, job):
             assert stored.audit is not None
@@ -174,16 +175,26 @@ class Splitting(Weigher):
     def _audited(self, batch: Any) -> Audit:
         """The audit of a batch; layers that need not be exact do not count as mixing rows."""
         with by_rows(self._job.model, self._job.batch_norm):
-            return audit_job(self._job._replace(batch=batch), largest_copy_bytes=self._copy_bytes())
+            return audit_terms(
+                self._job._replace(batch=batch), largest_copy_bytes=self._copy_bytes(), judges_hooks=False
+            )
 
     def _take(self, found: Audit, batch: Any) -> None:
         """Makes an audit's counters callable; one that this batch does not know leaves it undecided."""
         known = known_counters(self._job.model, self._job.loss_fn, batch)
-        if found.counter is not None and found.counter not in known:
-            found = undecided(f"'{found.counter}' cannot be counted in this batch")
-        self.audit = found
-        self._counter = None if found.counter is None else known[found.counter]
-        self._alike = {name: known[name] for name in found.alike if name in known}
+        named = {name: audit.counter for name, audit in found.terms} or {"": found.counter}
+        unknown = next((one for one in named.values() if one is not None and one not in known), None)
+        if unknown is not None:
+            found = undecided(f"'{unknown}' cannot be counted in this batch")
+        self.audit, self._counter, self._alike = found, None, []
+        if not found.is_exact:
+            return
+        counters = {name: known[one] for name, one in named.items() if one is not None}
+        self._counter = counters if found.terms else counters[""]
+        for name, audit in found.terms or (("", found),):
+            if audit.counter is not None and audit.counter != SUM:
+                pairs = [(other, known[other]) for other in audit.alike if other in known]
+                self._alike += [_Alike(audit.counter, counters[name], *pair) for pair in pairs]
 
     def _copy_bytes(self) -> int:
         """Memory that an audit may take for a copy."""
@@ -194,16 +205,11 @@ class Splitting(Weigher):
 
     def _refuse_difference(self, parts: Sequence[Any]) -> None:
         """See Note [Splitting] 3."""
-        if self.audit is None or not self._alike or self.audit.counter == SUM:
-            return
-        assert self._counter is not None
-        assert not isinstance(self._counter, Mapping)
-        own = _shares(self._counter, parts)
-        for name, other in self._alike.items():
-            others = _shares(other, parts)
+        for pair in self._alike:
+            own, others = _shares(pair.counter, parts), _shares(pair.other, parts)
             if own is None or others is None or _differ(own, others):
                 raise InexactAccumulation(
-                    f"it is not known whether the loss is a mean over {self.audit.counter} or over {name}: "
+                    f"it is not known whether the loss is a mean over {pair.name} or over {pair.other_name}: "
                     "they counted alike in the example batch, and do not in this one. Say which with count=, "
                     "or fit with a batch in which they differ",
                     owner="batch",
@@ -221,6 +227,15 @@ class Splitting(Weigher):
         return InexactAccumulation(
             f"{what} cannot be added up exactly: {self.audit.reason}: {cures}", owner=self.audit.owner
         )
+
+
+class _Alike(NamedTuple):
+    """The counter in use, and another one that counted like it so far."""
+
+    name: str
+    counter: Counter
+    other_name: str
+    other: Counter
 
 
 def _holds(stored: Profile, job: Job) -> bool:

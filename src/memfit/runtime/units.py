@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import tensors_of
 from memfit.runtime.count import IGNORED, Counter, labels, labels_of, one, rows, shifted_labels
-from memfit.runtime.micro import LossFn, OutputsLoss
+from memfit.runtime.micro import LossFn
 
 _DEEPEST = 3  # functions within functions
 _MOST_VALUES = 4
@@ -155,8 +156,8 @@ def _reachable(loss_fn: Any) -> Iterator[tuple[str, Any]]:
 
 def _held(loss_fn: Any) -> Iterator[tuple[str, Any]]:
     """What one function or callable object holds."""
-    if isinstance(loss_fn, OutputsLoss):
-        yield from (("outputs_fn", loss_fn.outputs_fn), ("loss_fn", loss_fn.of_outputs))
+    if dataclasses.is_dataclass(loss_fn) and not isinstance(loss_fn, type):
+        yield from ((field.name, getattr(loss_fn, field.name)) for field in dataclasses.fields(loss_fn))
         return
     if isinstance(loss_fn, functools.partial):
         yield from loss_fn.keywords.items()
