@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_the_loss_falls(target: str, steps: int) -> None:
     workload = load_target(target, batch_size=16, seed=0)
     losses = []
     for batch in first_batches(workload, 0, steps):
-        loss = workload.loss_fn(workload.model, batch)
+        loss: Any = workload.loss_fn(workload.model, batch)
         torch.autograd.backward(loss)
         workload.optimizer.step()
         workload.optimizer.zero_grad()

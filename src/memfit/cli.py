@@ -264,7 +264,15 @@ def _recorded(
         workload = load_target(target, batch_size=batch_size, seed=seed, device=place)
         workload.model.train()
         batch = next(workload.batches_from(0))
-        recorded = profile(workload.model, workload.loss_fn, batch, optimizer=workload.optimizer, device=card)
+        recorded = profile(
+            workload.model,
+            workload.loss_fn,
+            batch,
+            optimizer=workload.optimizer,
+            device=card,
+            outputs_fn=workload.outputs_fn,
+            batch_norm=workload.batch_norm,
+        )
     if micro_batch_size is None and any(graph.coupled for graph in recorded.graphs):
         micro_batch_size = recorded.rows  # a layer looks across the rows: parts would change the gradient
     console.print("planning", style="dim")

@@ -38,7 +38,7 @@ from memfit.runtime.folder import (
     write_run,
 )
 from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
-from memfit.runtime.micro import weighted_loss
+from memfit.runtime.micro import weighted_loss, whole_loss
 from memfit.runtime.rescue import is_out_of_memory
 from memfit.runtime.state import (
     Position,
@@ -273,6 +273,9 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
         memory=options.memory,
         optimizer=workload.optimizer,
         micro_batch_size=position.micro_batch_size,
+        count=workload.count,
+        batch_norm=workload.batch_norm,
+        outputs_fn=workload.outputs_fn,
         profile=read_profile(options.out) if options.resume else None,
     )
     write_plan(options.out, step.plan, step.profile)
@@ -383,7 +386,7 @@ def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
     """Returns the step as everybody writes it."""
 
     def body(batch: Any) -> torch.Tensor:
-        loss = weighted_loss(workload.model, workload.loss_fn, batch, None)
+        loss = weighted_loss(workload.model, whole_loss(workload.loss_fn, workload.outputs_fn), batch, None)
         loss.backward()
         return loss.total.detach()
 

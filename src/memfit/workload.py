@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,15 +33,19 @@ class Workload:
     Attributes:
         model: The module to train; its parameters are the ones ``optimizer`` updates.
         optimizer: Steps once per effective batch.
-        loss_fn: ``loss_fn(model, batch) -> scalar Tensor``, the loss of a whole batch.
+        loss_fn: ``loss_fn(model, batch) -> scalar Tensor``, the loss of a whole batch, or a mapping of terms.
         batches: Either a callable ``step index from 0 -> batch``, or an iterable that yields the same
             batches each time it is iterated; it starts again when it ends. Resuming relies on that.
+        outputs_fn, count, batch_norm: As :func:`memfit.fit` has them.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
+    loss_fn: Callable[[Any, Any], torch.Tensor | Mapping[str, torch.Tensor]]
     batches: Iterable[Any] | Callable[[int], Any]
+    outputs_fn: Callable[[nn.Module, Any], Any] | None = None
+    count: str | Callable[[Any], float] | Mapping[str, str | Callable[[Any], float]] = "auto"
+    batch_norm: str = "exact"
 
     @property
     def betas(self) -> tuple[float, float] | None:

@@ -48,6 +48,7 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 
 def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     """Returns what a reader wants to know of a plan, as names and texts."""
+    twice = [("passes", "two: all outputs first, then every forward once more for its gradient")]
     return [
         ("memory", f"{format_bytes(plan.budget_bytes)}"),
         ("predicted peak", f"{format_bytes(plan.predicted_peak_bytes)} ({_share(plan)} of the memory)"),
@@ -55,6 +56,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "micro-batch",
             f"{plan.micro_batch_size} rows x {plan.gradient_accumulation_steps} accumulation steps",
         ),
+        *(twice if plan.is_two_pass else []),
         ("recomputed", _recomputed(plan)),
         ("predicted step", format_seconds(plan.predicted_step_s)),
         ("certified gap", f"at most {plan.optimality_gap:.2%} of a step from the best plan of this kind"),
