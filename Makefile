@@ -45,6 +45,7 @@ bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/accumulation.py --out benchmarks/results/$(TODAY)_cpu_accumulation.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/gaps.py --out benchmarks/results/$(TODAY)_cpu_gaps.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py

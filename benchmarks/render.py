@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 Row = tuple[str, str, str]
+_EXACT = 1e-10  # relative error of a gradient in float64
 BEGIN, END = "<!-- results: made by benchmarks/render.py -->", "<!-- end of results -->"
 
 
@@ -28,7 +29,17 @@ def newest(kind: str) -> tuple[Any, str]:
 def table() -> str:
     """The table in Markdown."""
     lines = ["| what | measured | run |", "|---|---|---|"]
-    for part in (_promises(), _families(), _rivals(), _large(), _gaps(), _overhead()):
+    for part in (
+        _promises(),
+        _families(),
+        _accumulation(),
+        _heads(),
+        _rescue(),
+        _rivals(),
+        _large(),
+        _gaps(),
+        _overhead(),
+    ):
         lines += [f"| {what} | {measured} | {run} |" for what, measured, run in part]
     return "\n".join(lines)
 
@@ -72,6 +83,70 @@ def _families() -> list[Row]:
             )
             for which in ("first", "second")
         ),
+    ]
+
+
+def _accumulation() -> list[Row]:
+    """Losses of every class, coupled ones, and reduced precision."""
+    rows, run = newest("accumulation")
+    losses, passes, halves = (
+        [row for row in rows if row["kind"] == kind] for kind in ("loss", "two passes", "bfloat16")
+    )
+    errors = [row["error"] for row in losses if row["error"] is not None]
+    half = {row["name"]: row["error"] for row in halves}
+    names = ("plain accumulation", "rounded once", "float32 sums kept")
+    return [
+        (
+            f"{len(losses)} losses of every class: class right; worst relative gradient error of those "
+            "split, float64, unequal micro-batches",
+            f"{sum(row['is_right'] for row in losses)}; {max(errors):.0e}",
+            run,
+        ),
+        (
+            f"{len(passes)} losses that couple the rows, in two passes: the same error",
+            f"{max(row['error'] for row in passes):.0e}",
+            run,
+        ),
+        (
+            "256 micro-batches of a bfloat16 model, error of their sum: plain accumulation, memfit, memfit "
+            "with the float32 sums kept",
+            ", ".join(f"{half[name]:.1e}" for name in names),
+            run,
+        ),
+    ]
+
+
+def _heads() -> list[Row]:
+    """Tiny heads of transformers."""
+    rows, run = newest("heads")
+    built = [row for row in rows if row["built"]]
+    ran = [row["relative_error"] for row in built if row["relative_error"] is not None]
+    refused = sum(row["relative_error"] is None and not row["failed"] for row in built)
+    stopped = sum(bool(row["failed"]) for row in built)
+    return [
+        (
+            f"{len(built)} heads of `transformers`, 4 unequal micro-batches: exact, refused with the reason, "
+            "stopped by an error, silently wrong; worst error",
+            f"{sum(e <= _EXACT for e in ran)}, {refused}, {stopped}, {sum(e > _EXACT for e in ran)}; "
+            f"{max(ran):.0e}",
+            run,
+        )
+    ]
+
+
+def _rescue() -> list[Row]:
+    """Trainings that run out of memory."""
+    rows, run = newest("rescue")
+    random = [row for row in rows if "outages" in row]
+    differences = sum(len(row["differences"]) for row in rows)
+    return [
+        (
+            f"{sum(row['trainings'] for row in random)} trainings with "
+            f"{sum(row['outages'] for row in random)} injected out-of-memory errors: differences from the "
+            "undisturbed ones, to the bit",
+            str(differences),
+            run,
+        )
     ]
 
 
