@@ -163,3 +163,17 @@ def test_the_residents_of_a_card_are_rounded_as_its_allocator_rounds_them() -> N
     assert found.residents.parameters_bytes == found.residents.gradients_bytes == 512
     assert found.residents.optimizer_bytes == 10 * 2 * 512 + 10 * 512
     assert found.residents.batch_bytes == 512
+
+
+def test_a_step_in_two_passes_holds_the_gradients_of_all_outputs_meanwhile() -> None:
+    """Two megabytes are requested beside every micro-batch, and the loss between has a peak too."""
+    graph = build((Piece(sizes=(1 << 20,)),))
+    profile = Profile(rows=2, graphs=(replace(graph, rows=1),), residents=Residents(0, 0, 0, 0))
+    held = replace(graph, rows=1, held_bytes=2 << 20)
+    two = replace(profile, graphs=(held,), loss_of_all=build((Piece(sizes=(8 << 20,)),)))
+    requested = [
+        predict_cuda_memory(one, find_plan(one, memory="1GiB")).requested_bytes
+        for one in (profile, replace(two, loss_of_all=graph), two)
+    ]
+    assert requested[1] == requested[0] + (2 << 20)
+    assert requested[2] >= 8 << 20

@@ -9,7 +9,8 @@ Note [Blocks of a step]
     memory than the first.
  3. Gradients that the recorded micro-batch found there come at the start of each step.
  4. Steps are repeated until one after the first reserves nothing new.
- 5. Left out: what measuring and verifying a plan leave in the cache, and other streams.
+ 5. In two passes the loss of all outputs comes first; then their gradients are there, as one block.
+ 6. Left out: what measuring and verifying a plan leave in the cache, and other streams.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class _TrainingRun:
         self._rounded = list(_blocks(residents.gradients_bytes, residents.gradient_sizes))
         self._updates = [moves(update, {}) for update in (profile.first_update, profile.update)]
         self._gradients_resident = graph.gradients_resident
+        self._held_bytes = graph.held_bytes
+        self._between = moves(profile.loss_of_all, {}) if graph.held_bytes else []
         for size_bytes in (
             profile.unexplained_bytes,
             *_blocks(residents.parameters_bytes, residents.parameter_sizes),
@@ -117,9 +120,13 @@ class _TrainingRun:
     def step(self, micro_batches: Iterable[list[Move]]) -> None:
         """Every micro-batch, the update, and the end of the gradients."""
         allocate, free = self.allocator.allocate, self.allocator.free
+        self._play(self._between)
+        held = [allocate(self._held_bytes)] if self._held_bytes else []
         gradients = [allocate(size) for size in self._gradients] if self._gradients_resident else []
         for micro_batch in micro_batches:
             gradients.extend(self._play(micro_batch))
+        for handle in held:
+            free(handle)
         if self._gradients_resident and self._rounded != self._gradients:
             gradients = list(self._round(gradients))
         self._play(self._updates[0])  # what it leaves is the optimizer's state, which stays
