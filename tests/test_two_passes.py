@@ -426,3 +426,40 @@ def test_a_forward_that_cannot_be_repeated_is_refused_before_its_gradient() -> N
 def test_coupled_without_outputs_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="outputs_fn"):
         memfit.fit(encoder(), lambda m, b: m(b["left"]).mean(), pairs(), memory=PLENTY, count="coupled")
+
+
+# ---- where fakes do not do ---------------------------------------------------------------------------
+
+
+def reads_its_data(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Fails on fake tensors."""
+    assert bool((batch["left"] >= 0).all())
+    return both(model, batch)
+
+
+def goes_another_way_on_fakes(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Does less on fake tensors."""
+    found = both(model, batch)
+    extra = type(batch["left"]) is Tensor
+    return {"views": tuple(view.exp().log() if extra else view for view in found["views"])}
+
+
+@pytest.mark.parametrize("outputs_fn", [reads_its_data, goes_another_way_on_fakes])
+def test_two_passes_are_recorded_really_where_fakes_do_not_do(outputs_fn: Any) -> None:
+    model, batch = encoder(dtype=torch.float32), pairs(24)
+    profile = memfit.profile(model, contrastive(model), batch, micro_batch_size=6, outputs_fn=outputs_fn)
+    assert profile.graph(6).held_bytes > 0
+    assert profile.loss_of_all.ops
+    step = memfit.fit(
+        model,
+        contrastive(model),
+        batch,
+        memory=PLENTY,
+        micro_batch_size=6,
+        outputs_fn=outputs_fn,
+        count="coupled",
+    )
+    promised = step.plan.predicted_peak_bytes
+    step(batch)
+    assert step.verdict is not None
+    assert step.verdict.measured_peak_bytes <= promised == step.verdict.predicted_peak_bytes

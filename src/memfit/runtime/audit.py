@@ -57,7 +57,7 @@ LARGE_BYTES = 256 << 20
 _SAMPLED_PARAMETERS = 32
 _LARGEST_SAMPLED = 1 << 16
 _LARGEST_LOOKED_AT = 1 << 20
-_KEEP_WHOLE = "keep the batch whole (leave micro_batch_size out; memfit recomputes instead)"
+KEEP_WHOLE = "keep the batch whole (leave micro_batch_size out; memfit recomputes instead)"
 
 
 class _Probing(NamedTuple):
@@ -87,41 +87,46 @@ _CURES: dict[Kind, tuple[str, ...]] = {
         "say what the loss is a mean over: count=lambda part: <number of units in this micro-batch>, for "
         "class weights count=lambda part: float(class_weights[part['labels']].sum())",
         "return the sum from loss_fn instead of the mean, and divide by a fixed number",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.MIXED: (
+        "return the terms as a mapping {'name': term}: each one then has a weight of its own",
         "make every term a mean over the same unit, or add up sums divided by fixed numbers",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.STATISTIC: (
+        "give the outputs apart: fit(..., outputs_fn=...) with loss_fn(outputs, batch) is exact in two "
+        "passes",
         "return the additive statistic itself (the mean square instead of its root, the mean log-likelihood "
         "instead of the perplexity)",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.COUPLED_LOSS: (
+        "give the outputs apart: fit(..., outputs_fn=...) with loss_fn(outputs, batch) is exact in two "
+        "passes",
         "compute what the rows share (advantages, frequencies) before the batch is split, and put it in the "
         "batch",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.COUPLED_LAYER: (
         "for BatchNorm: fit(..., batch_norm='frozen') if it may run on its running statistics, or 'ghost' if "
         "each micro-batch may be normalised by its own (another gradient)",
         "put the layer into eval mode, or use one that works row by row (GroupNorm, LayerNorm)",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.STATEFUL: (
         "update the state once a step, outside of the forward, or put the module into eval mode",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.SHARED_RANDOMNESS: (
         "draw on the whole batch before it is split (mixup, cutmix), and put the result in the batch",
         "draw one number a row",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.GRADIENT_HOOK: (
         "remove the hook and change the gradient once, after step(batch) and before optimizer.step()",
         "leave it if it is a parameter's: a step of memfit.fit runs it once, on the whole gradient",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.OPTIMIZER: (
         "use an optimizer that steps once after the backward, on the gradient in .grad",
@@ -130,11 +135,11 @@ _CURES: dict[Kind, tuple[str, ...]] = {
     ),
     Kind.SAME: (
         "audit a batch whose rows differ, or say with count= what the loss is a mean over",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
     Kind.UNDECIDED: (
         "say with count= what the loss is a mean over, if you know that it is additive",
-        _KEEP_WHOLE,
+        KEEP_WHOLE,
     ),
 }
 

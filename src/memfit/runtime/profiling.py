@@ -48,7 +48,7 @@ from memfit.runtime.preserve import (
     small_buffer_sizes,
 )
 from memfit.runtime.record import Recording
-from memfit.runtime.sizes import fakes_agree, record_loss_of_all, record_scaled, record_sizes, residents_of
+from memfit.runtime.sizes import fakes_agree, record_loss_of_all, record_really, record_sizes, residents_of
 from memfit.runtime.update import Update, with_real_costs
 
 _log = logging.getLogger("memfit")
@@ -147,7 +147,7 @@ def _recorded(
                 points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
-                    recordings, by_fakes = record_scaled(job, rows, counts), False
+                    recordings, residents, update, loss, by_fakes = record_really(job, rows, counts)
             free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
             if points is not None and by_fakes:
                 most_rows = max(recording.graph.rows for recording in recordings)

@@ -66,7 +66,7 @@ def record_sizes(job: Job, rows: int, counts: tuple[int, ...], card: Device | No
             ) from error
         _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
         with contents_of(job.model):
-            return _record_really(job, rows, counts)
+            return record_really(job, rows, counts)
 
 
 def _record_fakes(job: Job, rows: int, counts: tuple[int, ...], card: Device | None) -> Sizes:
@@ -159,7 +159,7 @@ def _record_counts(
     return [found[count] for count in counts if count in found]
 
 
-def _record_really(job: Job, rows: int, counts: tuple[int, ...]) -> Sizes:
+def record_really(job: Job, rows: int, counts: tuple[int, ...]) -> Sizes:
     """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
     recordings = record_scaled(job, rows, counts)
     return _sizes(recordings, _record_between_really(job), residents_of(job), by_fakes=False)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memfit.core.audit import SUM, Audit
+from memfit.core.audit import SUM, Audit, Kind
 from memfit.core.basis import what_changed
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, find_plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget
-from memfit.runtime.audit import LARGEST_COPY_BYTES, undecided
+from memfit.runtime.audit import KEEP_WHOLE, LARGEST_COPY_BYTES, cures, undecided
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import map_tensors, rows_of, tensors_of
 from memfit.runtime.count import Counter, Weigher, counter_named, shares, weights
@@ -115,8 +115,10 @@ class Splitting(Weigher):
             InfeasibleBudget: No exact plan fits.
         """
         plan, refused = None, None
-        if self.is_two_pass or all(graph.rows >= profile.rows for graph in profile.graphs):
+        if self.is_two_pass:
             return find_plan(profile, memory=memory)
+        if all(graph.rows >= profile.rows for graph in profile.graphs):
+            return self._find_whole(profile, memory)
         if self._barred is None:
             try:
                 plan = find_plan(profile, memory=memory)
@@ -131,7 +133,30 @@ class Splitting(Weigher):
                 assert refused is not None
                 raise refused
             return plan
-        return find_plan(self.allowed(profile), memory=memory)
+        return self._find_whole(self.allowed(profile), memory)
+
+    def _find_whole(self, profile: Profile, memory: int) -> Plan:
+        """The best plan that keeps the batch whole; a refusal says why it does."""
+        try:
+            return find_plan(profile, memory=memory)
+        except InfeasibleBudget as refused:
+            if profile.rows == 1 or (self._barred is None and self.audit is None):
+                raise
+            raise InfeasibleBudget(
+                f"{refused} The batch of {profile.rows} is kept whole, because {self._hindrance()}.",
+                budget_bytes=refused.budget_bytes,
+                needed_bytes=refused.needed_bytes,
+                owner=refused.owner,
+            ) from None
+
+    def _hindrance(self) -> str:
+        """What hinders micro-batches, and what would let them be."""
+        if self._barred is None:
+            assert self.audit is not None
+            why, ways = self.audit.reason, self.audit.cures
+        else:
+            why, ways = self._barred, cures(Kind.COUPLED_LAYER)
+        return f"{why}: {', or '.join(way for way in ways if way != KEEP_WHOLE)}"
 
     def allowed(self, profile: Profile) -> Profile:
         """A profile without the micro-batches that are known not to add up; it carries the audit."""
@@ -223,9 +248,9 @@ class Splitting(Weigher):
                 f"{what} cannot be added up exactly: {self._barred}: {cure}", owner=self._bars
             )
         assert self.audit is not None
-        cures = ", or ".join(self.audit.cures)
+        told = ", or ".join(self.audit.cures)
         return InexactAccumulation(
-            f"{what} cannot be added up exactly: {self.audit.reason}: {cures}", owner=self.audit.owner
+            f"{what} cannot be added up exactly: {self.audit.reason}: {told}", owner=self.audit.owner
         )
 
 
