@@ -903,3 +903,22 @@ def test_a_retried_step_gives_inputs_their_gradients_once() -> None:
     assert len(runs) == 2
     assert batch["x"].grad is not None
     assert torch.equal(batch["x"].grad, other["x"].grad)  # type: ignore[arg-type]
+
+
+def test_a_hooked_input_that_is_in_the_batch_twice_is_one_leaf() -> None:
+    model, calls = mlp(), []
+    x = torch.randn(11, WIDTH, dtype=torch.float64, requires_grad=True)
+    x.register_hook(lambda g: calls.append(len(g)))
+
+    def both_of(net: Any, batch: Any) -> Tensor:
+        found: Tensor = (net(batch["x"]) + net(batch["y"])).square().mean()
+        return found
+
+    step = memfit.fit(model, both_of, {"x": x, "y": x}, memory="1GiB", micro_batch_size=4, count="rows")
+    step({"x": x, "y": x})
+    found, x.grad = x.grad, None
+    both_of(model, {"x": x, "y": x}).backward()
+    assert found is not None
+    assert x.grad is not None
+    torch.testing.assert_close(found, x.grad, rtol=1e-12, atol=1e-14)
+    assert calls == [11, 11]

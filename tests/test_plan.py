@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memfit.core.graph import FORMAT, Profile, Residents, StepGraph, Storage, ValueKey
 from memfit.core.milp import Program
 from memfit.core.plan import Plan, dropped_values, find_plan, simulate
-from memfit.core.timeline import base_bytes, droppable, update_peak_bytes
+from memfit.core.timeline import base_bytes, droppable, floors
 from memfit.errors import InfeasibleBudget
 from reference import (
     Choice,
@@ -108,9 +108,9 @@ def test_a_plan_fits_by_the_reference_and_costs_what_it_says(drawn: tuple[Profil
 @FEW
 @given(profiles(7))
 def test_a_refusal_names_memory_that_works(profile: Profile) -> None:
-    assume(update_peak_bytes(profile) > 1)
-    refusal = refusal_of(profile, update_peak_bytes(profile) - 1)
-    assert refusal.needed_bytes > refusal.budget_bytes == update_peak_bytes(profile) - 1
+    assume(floors(profile)[False].total_bytes > 1)
+    refusal = refusal_of(profile, floors(profile)[False].total_bytes - 1)
+    assert refusal.needed_bytes > refusal.budget_bytes == floors(profile)[False].total_bytes - 1
     plan = find_plan(profile, memory=refusal.needed_bytes)
     assert plan.predicted_peak_bytes <= refusal.needed_bytes
     for size in {graph.rows for graph in profile.graphs}:
@@ -155,7 +155,7 @@ def test_a_plan_recomputes_at_most_a_share_more_than_the_best(
     profile, every, free_bytes = drawn
     graph = profile.graphs[0]
     base = base_bytes(profile, graph)
-    plan, memory = plan_or_least(profile, max(base + free_bytes, update_peak_bytes(profile)))
+    plan, memory = plan_or_least(profile, max(base + free_bytes, floors(profile)[False].total_bytes))
     best = best_plan_by_brute_force(every, memory - base)
     assert best is not None
     assert plan.recompute_s - best.recompute_s <= WORST_SHARE * graph.forward_s

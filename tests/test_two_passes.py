@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -463,3 +464,126 @@ def test_two_passes_are_recorded_really_where_fakes_do_not_do(outputs_fn: Any) -
     step(batch)
     assert step.verdict is not None
     assert step.verdict.measured_peak_bytes <= promised == step.verdict.predicted_peak_bytes
+
+
+# ---- at the seams ------------------------------------------------------------------------------------
+
+
+class Baseline(nn.Module):
+    """An encoder with a moving mean that the loss writes, and a norm that the loss runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = encoder()
+        self.norm = nn.BatchNorm1d(WIDTH, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.inner(tokens)
+
+
+def with_a_baseline(model: Any) -> Callable[[Any, Batch], Tensor]:
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        left = model.norm(outputs["views"][0]) - model.mean
+        found: Tensor = (left @ left.T).logsumexp(1).mean()
+        with torch.no_grad():
+            model.mean.mul_(0.5).add_(outputs["views"][1].mean(0), alpha=0.5)
+        return found
+
+    return loss
+
+
+@pytest.mark.parametrize("batch_norm", ["exact", "frozen", "ghost"])
+def test_what_the_loss_writes_to_buffers_stays_and_its_norm_is_as_was_said(batch_norm: str) -> None:
+    torch.manual_seed(3)
+    model, batch = Baseline(), pairs()
+    twin = copy.deepcopy(model)
+    loss_fn = with_a_baseline(model)
+    step = memfit.fit(
+        model,
+        loss_fn,
+        batch,
+        memory=PLENTY,
+        micro_batch_size=3,
+        outputs_fn=both,
+        count="coupled",
+        batch_norm=batch_norm,
+    )
+    if batch_norm == "frozen":
+        twin.norm.eval()
+    for _ in range(3):
+        step(batch)
+        with_a_baseline(twin)(both(twin, batch), batch).backward()
+        assert worst_error(model, twin) <= 1e-11
+    for (name, found), expected in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("count", ["auto", "coupled"])
+def test_gradient_hooks_do_not_hinder_two_passes_and_run_once(count: str) -> None:
+    model, batch = encoder(), pairs()
+    twin = copy.deepcopy(model)
+    calls: list[nn.Module] = []
+
+    def clamped(net: nn.Module, gradient: Tensor) -> Tensor:
+        calls.append(net)
+        return gradient.clamp(-1e-3, 1e-3)
+
+    for net in (model, twin):
+        net.head.weight.register_hook(functools.partial(clamped, net))
+    step = memfit.fit(
+        model,
+        contrastive(model),
+        batch,
+        memory=PLENTY,
+        micro_batch_size=3,
+        outputs_fn=both,
+        count=count,
+    )
+    assert not calls
+    step(batch)
+    contrastive(twin)(both(twin, batch), batch).backward()
+    assert worst_error(model, twin) <= 1e-12
+    assert calls == [model, twin]
+    assert step.audit is not None
+    assert step.audit.is_exact
+
+
+def test_a_loss_that_needs_all_its_rows_is_left_whole_without_an_error() -> None:
+    def of_seven(outputs: Any, batch: Batch) -> Any:
+        if len(outputs["views"][0]) != ROWS:
+            raise ValueError("seven rows are needed")
+        return outputs["views"][0].square().mean()
+
+    step = memfit.fit(encoder(), of_seven, pairs(), memory=PLENTY, outputs_fn=both)
+    assert step.plan.gradient_accumulation_steps == 1
+    step(pairs())
+
+
+def test_a_batch_pinned_whole_may_be_said_to_be_coupled_and_a_larger_one_is_run_in_parts() -> None:
+    model = encoder()
+    step = in_parts(model, contrastive(model), pairs(), ROWS)
+    assert not step.plan.is_two_pass
+    twin, batch = copy.deepcopy(model), pairs(17)
+    step(batch)
+    by_parts(twin, contrastive(twin), batch, ROWS)
+    assert worst_error(model, twin) <= 1e-12
+
+
+def test_a_stored_profile_of_two_passes_is_used_without_another_audit() -> None:
+    model, batch, runs = encoder(), pairs(), torch.zeros(())
+
+    def counted(net: nn.Module, part: Batch) -> dict[str, Any]:
+        runs.add_(1)
+        return both(net, part)
+
+    loss_fn = contrastive(model)
+    first = memfit.fit(model, loss_fn, batch, memory=PLENTY, micro_batch_size=3, outputs_fn=counted)
+    runs.zero_()
+    stored = memfit.Profile.from_json(first.profile.to_json())
+    again = memfit.fit(
+        model, loss_fn, batch, memory=PLENTY, micro_batch_size=3, outputs_fn=counted, profile=stored
+    )
+    assert runs == 0
+    assert again.plan.is_two_pass
+    assert again.audit == first.audit

@@ -22,7 +22,7 @@ from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
-from memfit.runtime.count import Counter
+from memfit.runtime.count import COUPLED, Counter
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
@@ -30,7 +30,7 @@ from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.rowwise import in_two_passes
-from memfit.runtime.splitting import Splitting
+from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.terms import audit
 from memfit.runtime.windows import windows
@@ -130,9 +130,11 @@ def _fitted(
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(job.batch)
-    if micro_batch_size is None or micro_batch_size < rows:
-        job = in_two_passes(job, count)
-    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile)
+    audit = None
+    if micro_batch_size is None or micro_batch_size < rows or count == COUPLED:
+        largest_bytes = copy_bytes(job.model, budget_bytes)
+        job, audit = in_two_passes(job, count, profile, largest_copy_bytes=largest_bytes)
+    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile, audit=audit)
     if micro_batch_size is not None and micro_batch_size < rows:
         splitting.demand(job.batch, micro_batch_size)
 

@@ -425,11 +425,6 @@ def base_bytes(profile: Profile, graph: StepGraph) -> int:
     return residents.total_bytes - residents.gradients_bytes + gradients + profile.unexplained_bytes
 
 
-def update_peak_bytes(profile: Profile) -> int:
-    """Peak of the optimizer step, the first or a later one, when the activations are gone."""
-    return _update_peak(profile).total_bytes
-
-
 def floors(profile: Profile) -> dict[bool, Event]:
     """The highest moment that no plan changes: of the optimizer step, and of the loss of all in two passes.
 

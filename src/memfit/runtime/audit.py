@@ -318,7 +318,7 @@ def _twin(job: Job, copied: nn.Module | None, sample: Sample, names: frozenset[s
     """A twin of the copy, or of the model itself, on a sample."""
     in_double = copied is not None
     probe = double_batch(sample.batch) if in_double else sample.batch
-    return Twin(copied or job.model, job.loss_fn, probe, names, in_double=in_double)
+    return Twin(copied if copied is not None else job.model, job.loss_fn, probe, names, in_double=in_double)
 
 
 def _light_parameters(model: nn.Module) -> frozenset[str]:

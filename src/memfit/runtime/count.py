@@ -13,6 +13,7 @@ from memfit.runtime.micro import Weight
 
 Counter = Callable[[Any], float]
 
+COUPLED = "coupled"
 IGNORED = -100  # torch.nn.CrossEntropyLoss(ignore_index=...)
 
 
@@ -94,14 +95,14 @@ def shares(counter: Counter, parts: Sequence[Any], whose: str = "") -> list[floa
 def counter_named(
     count: str | Counter | Mapping[str, str | Counter],
 ) -> Counter | Mapping[str, Counter] | None:
-    """The counter that a user asked for, or one for each term of the loss; None for ``"auto"``.
+    """The counter that a user asked for, or one for each term of the loss; None where none was.
 
     Raises:
         ValueError: ``count`` is none of the names.
     """
     if isinstance(count, Mapping):
         return {term: _named(one) for term, one in count.items()}
-    return None if count == "auto" else _named(count)
+    return None if count in ("auto", COUPLED) else _named(count)
 
 
 def _named(count: str | Counter) -> Counter:

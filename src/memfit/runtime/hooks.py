@@ -39,7 +39,8 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
         UnsupportedModel: One of them has a hook that follows each accumulation.
         InexactAccumulation: The body registers a hook.
     """
-    leaves = [(name, t) for name, t in tensors if t.requires_grad and t.is_leaf]
+    wanted = {id(t): (name, t) for name, t in tensors if t.requires_grad and t.is_leaf}  # each once
+    leaves = [*wanted.values()]
     for name, leaf in leaves:
         refuse_accumulation_hooks(name, leaf)
     known = {name: set(leaf._backward_hooks or ()) for name, leaf in leaves}
@@ -73,7 +74,7 @@ def silenced(tensors: Iterable[Tensor]) -> Iterator[dict[int, None]]:
     order: dict[int, None] = {}
     tables: list[_Hooks] = []
     before: list[_Hooks] = []
-    for number, tensor in enumerate(tensors):
+    for number, tensor in enumerate({id(tensor): tensor for tensor in tensors}.values()):
         if tensor._backward_hooks:
             tables.append(tensor._backward_hooks)
             before.append(dict(tables[-1]))

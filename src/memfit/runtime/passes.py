@@ -9,7 +9,8 @@ Note [Two passes]
     not depend on the rows beside it. ``fit`` proves that before (``runtime/audit.py``).
  4. Each forward must give the same outputs twice. A few numbers of each are compared before its backward.
  5. Outputs are held compactly, for a view (the first token of each row) would hold all it is a view of.
- 6. Streams and buffers end as after the forwards in order, and then the loss.
+ 6. Streams and buffers end as after the forwards in order, and then the loss. What the loss has written to
+    buffers is written once more after the second pass, which ends in the state that the loss began in.
 Source: GradCache (Gao, Zhang, Han, Callan 2021, arXiv 2101.06983), here with any nesting of outputs, buffers,
 and recomputation inside the second pass.
 """
@@ -82,11 +83,14 @@ def run_in_two_passes(
     streams, buffers = RandomStreams.now(), Buffers(model)
     with normalised(model, batch_norm, several=False):  # statistics of a step are pooled in one of the passes
         pieces = [outputs_without_graph(model, loss_fn, part) for part in parts]
-    seen = [_sampled(piece) for piece in pieces]
-    loss, gradients = _loss_and_gradients(loss_fn, pieces, batch, scaler)
+        seen = [_sampled(piece) for piece in pieces]
+        of_loss = Buffers(model)
+        loss, gradients = _loss_and_gradients(loss_fn, pieces, batch, scaler)
+        of_loss.keep_changed()
     after = RandomStreams.now()
     streams.restore()
     buffers.restore()
+    del buffers
     first = 0
     with micro_batches(model, batch_norm, several=True) as begin:
         for part, sample in zip(parts, seen, strict=True):
@@ -96,6 +100,7 @@ def run_in_two_passes(
             _run_again(model, loss_fn, part, seeds, sample, decisions)
             first += rows
     after.restore()
+    of_loss.restore()
     return loss
 
 

@@ -72,6 +72,14 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
+    def keep_changed(self) -> None:
+        """Lets go of all that hold what they held; of the others it takes what they hold now."""
+        self._contents = [
+            (buffer, buffer.detach().clone())
+            for buffer, content in self._contents
+            if not torch.equal(buffer.detach(), content)
+        ]
+
     def restore(self) -> None:
         """Puts it back, in the same tensors."""
         with torch.no_grad():

@@ -158,18 +158,19 @@ def _recorded(
             if job.optimizer is not None:
                 update = with_real_costs(update, job.optimizer, free_bytes)
             if loss is not None and by_fakes:
-                loss = _measured_loss(job, loss, free_bytes)
+                there_bytes = residents.total_bytes - residents.gradients_bytes  # which come after it
+                room_bytes = _SMALL_BYTES if limit_bytes is None else limit_bytes - there_bytes
+                loss = _measured_loss(job, loss, recordings, room_bytes)
     graphs = _priced(recordings, points, more, by_fakes)
     return _Recorded(graphs, residents, update, points, _own_costs(loss))
 
 
-def _measured_loss(job: Job, loss: Recording, free_bytes: int | None) -> Recording:
+def _measured_loss(job: Job, loss: Recording, recordings: list[Recording], room_bytes: int) -> Recording:
     """The loss between two passes with real costs, where it fits; it has one size, that of the batch."""
-    most_bytes = _SMALL_BYTES if free_bytes is None else free_bytes
-    if any(is_fake(p) for p in job.model.parameters()) or run(loss.graph).peak.total_bytes > most_bytes:
+    if any(is_fake(p) for p in job.model.parameters()) or run(loss.graph).peak.total_bytes > room_bytes:
         return loss
     with contents_of(job.model):
-        return record_loss_of_all(job) or loss
+        return record_loss_of_all(job, recordings) or loss
 
 
 def _own_costs(recording: Recording | None) -> StepGraph:

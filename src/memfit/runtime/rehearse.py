@@ -30,7 +30,7 @@ class Between(NamedTuple):
     """The loss of all outputs, and what is held to run all forwards again."""
 
     joined: Joined
-    buffers: Buffers
+    buffers: tuple[Buffers, Buffers]
 
     @property
     def roots(self) -> list[Tensor]:
@@ -60,7 +60,7 @@ def loss_between(model: nn.Module, loss_fn: LossFn, batch: Any, like: Any) -> Ca
 
     def forward() -> Between:
         rows = rows_of(like)
-        buffers = Buffers(model)
+        buffers = Buffers(model), Buffers(model)
         return Between(loss_of_all(loss_fn, [made_up(rows // 2), made_up(rows - rows // 2)], batch), buffers)
 
     return forward

@@ -8,21 +8,29 @@ the loss: layers that mix rows, state, random numbers that rows share, hooks, op
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memfit.core.audit import Kind
+from memfit.core.audit import Audit, Kind
+from memfit.core.basis import what_changed
+from memfit.core.graph import Profile
 from memfit.errors import InexactAccumulation
-from memfit.runtime.audit import audit_job
+from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
+from memfit.runtime.count import COUPLED
 from memfit.runtime.job import Job
 from memfit.runtime.micro import OutputsFn, OutputsLoss
 from memfit.runtime.normalisation import by_rows
 from memfit.runtime.passes import is_differentiable
 from memfit.runtime.rehearse import refuse_no_rows
+from memfit.runtime.rescue import is_out_of_memory
+from memfit.runtime.terms import audit_terms
+
+_log = logging.getLogger("memfit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +48,62 @@ class SumOverRows:
         return sum(terms[1:], terms[0])
 
 
-def in_two_passes(job: Job, count: object) -> Job:
+class Passes(NamedTuple):
+    """Whether several micro-batches run in two passes, and the audit that says so, if one was made."""
+
+    job: Job
+    audit: Audit | None = None
+
+
+def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_copy_bytes: int) -> Passes:
     """The job, to be run in two passes where its loss is given apart from the outputs and does not add up.
 
     Args:
         count: As :func:`memfit.fit` has it: ``"coupled"`` asks for two passes, ``"auto"`` where they are
-            needed and exact.
+            needed and exact. What cannot be audited is not split.
+        stored: A profile of the same job says it without an audit.
 
     Raises:
         ValueError: Two passes are asked for, and the outputs are not given apart.
         InexactAccumulation: Two passes are asked for, and are not exact, or outputs have no rows.
     """
     if not isinstance(job.loss_fn, OutputsLoss):
-        if count == "coupled":
+        if count == COUPLED:
             raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on all outputs")
-        return job
-    if count not in ("auto", "coupled") or rows_of(job.batch) < 2:
-        return job
+        return Passes(job)
+    if count not in ("auto", COUPLED) or rows_of(job.batch) < 2:
+        return Passes(job)
+    twice = job._replace(is_two_pass=True)
+    if stored is not None and count == "auto":
+        for known in (twice, job):
+            if what_changed(stored.basis, basis_of(known)) is None:
+                return Passes(known, stored.audit)
+    try:
+        found = _audited(job, count, largest_copy_bytes)
+    except Exception as error:
+        if count == COUPLED or is_out_of_memory(error):
+            raise
+        _log.info("two passes cannot be proved (%s: %s)", type(error).__name__, error)
+        return Passes(job)
+    if found is not None and found.is_exact and found.kind is Kind.SUM:
+        return Passes(twice, found)
+    if count == COUPLED:
+        assert found is not None
+        raise InexactAccumulation(f"two passes are not exact: {found}", owner=found.owner)
+    return Passes(job)
+
+
+def _audited(job: Job, count: object, largest_copy_bytes: int) -> Audit | None:
+    """The audit of what every row's outputs are made of; None where two passes are not needed."""
+
+    def audited(one: Job) -> Audit:
+        return audit_terms(one, largest_copy_bytes=largest_copy_bytes, judges_hooks=False)
+
+    assert isinstance(job.loss_fn, OutputsLoss)
     with by_rows(job.model, job.batch_norm):
-        if count == "auto" and audit_job(job).is_exact:
-            return job
-        audited = audit_job(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
-    if audited.is_exact and audited.kind is Kind.SUM:
-        return job._replace(is_two_pass=True)
-    if count == "coupled":
-        raise InexactAccumulation(f"two passes are not exact: {audited}", owner=audited.owner)
-    return job
+        if count == "auto" and audited(job).is_exact:
+            return None
+        return audited(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
 
 
 def _generic(outputs: Tensor, number: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from memfit.runtime.card import CardKernels
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.meter import resident_sizes
-from memfit.runtime.normalisation import pooled_tensors
+from memfit.runtime.normalisation import normalised, pooled_tensors
 from memfit.runtime.precision import float32_sums
 from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import Probe, RooflineProbe, probe_for
@@ -78,7 +78,7 @@ def _record_fakes(job: Job, rows: int, counts: tuple[int, ...], card: Device | N
         batch = faker.batch(job.batch)
         with nullcontext() if card is None else CardKernels():
             recordings = _record_counts(job, batch, rows, counts, device)
-            between = _record_between(job, batch, batch, RooflineProbe(device))
+            between = _record_between(job, batch, batch, RooflineProbe(device), recordings)
         return _sizes(recordings, between, _resident_and_update(job, batch, faker, card), by_fakes=True)
 
 
@@ -89,8 +89,10 @@ class _Between(NamedTuple):
     held_bytes: int
 
 
-def _record_between(job: Job, batch: Any, known: Any, probe: Probe) -> _Between | None:
-    """Records the loss of all outputs, if there are two passes.
+def _record_between(
+    job: Job, batch: Any, known: Any, probe: Probe, recordings: Iterable[Recording]
+) -> _Between | None:
+    """Records the loss of all outputs, if there are two passes in one of the recordings.
 
     Args:
         known: The batch or some of its rows, from whose outputs those of all are made up.
@@ -98,10 +100,18 @@ def _record_between(job: Job, batch: Any, known: Any, probe: Probe) -> _Between 
     Raises:
         InexactAccumulation: The outputs of micro-batches cannot be joined.
     """
-    if not job.is_two_pass:
+    if not job.is_two_pass or not any(run.graph.gradients_resident for run in recordings):
         return None
+    with normalised(job.model, job.batch_norm, several=False):
+        return _recorded_between(job, batch, known, probe)
+
+
+def _recorded_between(job: Job, batch: Any, known: Any, probe: Probe) -> _Between:
+    """The same, where there are two passes and BatchNorm does what it will do in them."""
+    there = rows_of(known)
+    fewer = max(there // 2, min(there - 1, 2))  # not one row, which BatchNorm cannot train on
     like = outputs_of_all(job.model, job.loss_fn, known, rows_of(batch))
-    refuse_other_shapes(like, outputs_of_all(job.model, job.loss_fn, first_rows(known, rows_of(known), 1), 1))
+    refuse_other_shapes(like, outputs_of_all(job.model, job.loss_fn, first_rows(known, there, fewer), fewer))
     held_bytes = sum(t.nbytes for _, t in tensors_of(like)) + sum(b.nbytes for b in job.model.buffers())
     prepare_gradients(job.model, resident=False)
     externals = [*job.model.parameters(), *job.model.buffers(), *(t for _, t in tensors_of(batch))]
@@ -162,20 +172,21 @@ def _record_counts(
 def record_really(job: Job, rows: int, counts: tuple[int, ...]) -> Sizes:
     """Records a few real rows where fakes cannot; the optimizer still runs on fakes."""
     recordings = record_scaled(job, rows, counts)
-    return _sizes(recordings, _record_between_really(job), residents_of(job), by_fakes=False)
+    between = _record_between_really(job, recordings)
+    return _sizes(recordings, between, residents_of(job), by_fakes=False)
 
 
-def record_loss_of_all(job: Job) -> Recording | None:
+def record_loss_of_all(job: Job, recordings: Iterable[Recording]) -> Recording | None:
     """Records the loss of all outputs really, on made-up ones; None where there are no two passes."""
-    between = _record_between_really(job)
+    between = _record_between_really(job, recordings)
     return None if between is None else between.loss_of_all
 
 
-def _record_between_really(job: Job) -> _Between | None:
+def _record_between_really(job: Job, recordings: Iterable[Recording]) -> _Between | None:
     """Records what runs between two passes really."""
     place, rows = next(job.model.parameters()).device, rows_of(job.batch)
     known = first_rows(job.batch, rows, min(_FEW_ROWS, rows))
-    between = _record_between(job, job.batch, known, probe_for(place)())
+    between = _record_between(job, job.batch, known, probe_for(place)(), recordings)
     prepare_gradients(job.model, resident=False)
     return between
 

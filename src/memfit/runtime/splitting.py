@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from memfit.core.audit import SUM, Audit, Kind
 from memfit.core.basis import what_changed
@@ -33,6 +34,7 @@ from memfit.runtime.job import Job
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import Weight
 from memfit.runtime.normalisation import by_rows
+from memfit.runtime.rescue import is_out_of_memory
 from memfit.runtime.sample import has_lists
 from memfit.runtime.terms import audit_terms
 from memfit.runtime.units import known_counters
@@ -58,13 +60,14 @@ class Splitting(Weigher):
         *,
         limit_bytes: int,
         stored: Profile | None = None,
+        audit: Audit | None = None,
     ) -> None:
         """Takes the audit of a stored profile if that still holds. The job's batch is not kept.
 
         Raises:
             ValueError: ``count`` is no known name.
         """
-        self.audit: Audit | None = None
+        self.audit = audit if job.is_two_pass else None
         self._given = None if job.is_two_pass else counter_named(count)
         self._job = job._replace(batch=None)
         self._limit_bytes = limit_bytes
@@ -193,6 +196,8 @@ class Splitting(Weigher):
         try:
             found = self._audited(batch)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # it says nothing about the loss
             found = undecided(f"the loss cannot be probed: {type(error).__name__}: {error}")
         self._take(found, batch)
         _log.info("%s", self.audit)
@@ -200,9 +205,9 @@ class Splitting(Weigher):
     def _audited(self, batch: Any) -> Audit:
         """The audit of a batch; layers that need not be exact do not count as mixing rows."""
         with by_rows(self._job.model, self._job.batch_norm):
-            return audit_terms(
-                self._job._replace(batch=batch), largest_copy_bytes=self._copy_bytes(), judges_hooks=False
-            )
+            largest_bytes = copy_bytes(self._job.model, self._limit_bytes)
+            job = self._job._replace(batch=batch)
+            return audit_terms(job, largest_copy_bytes=largest_bytes, judges_hooks=False)
 
     def _take(self, found: Audit, batch: Any) -> None:
         """Makes an audit's counters callable; one that this batch does not know leaves it undecided."""
@@ -220,13 +225,6 @@ class Splitting(Weigher):
             if audit.counter is not None and audit.counter != SUM:
                 pairs = [(other, known[other]) for other in audit.alike if other in known]
                 self._alike += [_Alike(audit.counter, counters[name], *pair) for pair in pairs]
-
-    def _copy_bytes(self) -> int:
-        """Memory that an audit may take for a copy."""
-        parameters = list(self._job.model.parameters())
-        held = [*parameters, *self._job.model.buffers(), *(p.grad for p in parameters if p.grad is not None)]
-        free_bytes = max(_LEAST_COPY_BYTES, self._limit_bytes - resident_bytes(held))
-        return free_bytes if parameters[0].is_cuda else min(LARGEST_COPY_BYTES, free_bytes)
 
     def _refuse_difference(self, parts: Sequence[Any]) -> None:
         """See Note [Splitting] 3."""
@@ -261,6 +259,14 @@ class _Alike(NamedTuple):
     counter: Counter
     other_name: str
     other: Counter
+
+
+def copy_bytes(model: nn.Module, limit_bytes: int) -> int:
+    """Memory that an audit may take for a copy."""
+    parameters = list(model.parameters())
+    held = [*parameters, *model.buffers(), *(p.grad for p in parameters if p.grad is not None)]
+    free_bytes = max(_LEAST_COPY_BYTES, limit_bytes - resident_bytes(held))
+    return free_bytes if parameters[0].is_cuda else min(LARGEST_COPY_BYTES, free_bytes)
 
 
 def _holds(stored: Profile, job: Job) -> bool:

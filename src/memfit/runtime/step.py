@@ -358,6 +358,9 @@ class Step:
         try:
             decisions = decisions_of(plan.recompute, plan.levels)
             return self._run_under(batch, plan.micro_batch_size, decisions)
+        except InexactAccumulation as error:
+            _log.info("no exact way to run micro-batches of %d rows: %s", plan.micro_batch_size, error)
+            return None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -377,6 +380,7 @@ class Step:
         self._find = find
         self.verdict = None  # it was about another plan
         self.plan = replace(plan, budget_bytes=budget_bytes)
+        self.profile = replace(self.profile, audit=self.audit)  # it may have been made for the lower plan
         self._decisions = decisions_of(plan.recompute, plan.levels)
 
     def _make_room(self) -> None:
