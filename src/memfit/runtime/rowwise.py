@@ -36,6 +36,11 @@ class SumOverRows:
         outputs = self.outputs_fn(model, batch)
         refuse_no_rows(outputs, rows_of(batch))
         found = [t for _, t in tensors_of(outputs) if is_differentiable(t)]
+        if not found:
+            raise ValueError(
+                f"outputs_fn returned a {type(outputs).__name__} without any tensor that a gradient can be "
+                "taken of: return tensors of floating point, of one row a row of the batch"
+            )
         terms = [_generic(tensor, number) for number, tensor in enumerate(found)]
         return sum(terms[1:], terms[0])
 
