@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,7 +177,7 @@ def test_an_error_of_the_loss_itself_reaches_the_user() -> None:
 
 
 def test_an_unknown_count_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"count is 'tokens': give 'auto', 'rows', 'labels'"):
+    with pytest.raises(ValueError, match=r"count is 'tokens': give 'auto', 'coupled', 'rows', 'labels'"):
         fit(count="tokens")
 
 
@@ -198,6 +200,117 @@ def test_a_micro_batch_size_outside_the_batch_is_refused(size: int) -> None:
         ValueError, match=rf"micro_batch_size is {size}, and the batch has 8 rows: give 1 to 8"
     ):
         fit(micro_batch_size=size)
+
+
+@pytest.mark.parametrize("size", ["3", 2.5, 3.0, [2]])
+def test_a_micro_batch_size_that_is_no_whole_number_is_refused(size: Any) -> None:
+    text = f"micro_batch_size is {size!r}, a {type(size).__name__}: give a whole number of rows, 1 to 8"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        fit(micro_batch_size=size)
+    with pytest.raises(TypeError, match=re.escape(text)):
+        memfit.profile(model(), loss, batch(), micro_batch_size=size)
+
+
+@pytest.mark.parametrize("size", [0, -1, ROWS + 1, True])
+def test_profile_refuses_the_same_micro_batch_sizes_as_fit(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"micro_batch_size is {size}, .* 8 rows: give 1 to 8"):
+        memfit.profile(model(), loss, batch(), micro_batch_size=size)
+
+
+def test_a_micro_batch_size_of_numpy_is_a_whole_number() -> None:
+    assert fit(micro_batch_size=np.int64(3), count="rows").plan.micro_batch_size == 3
+
+
+def two_terms(m: Any, b: Any) -> dict[str, Tensor]:
+    """Two means over rows."""
+    return {"fit": loss(m, b), "size": m(b["x"]).square().mean()}
+
+
+NAMES = "'rows', 'labels', 'shifted_labels', 'sum' or a function"
+BAD_COUNTS: list[tuple[Any, type[Exception], str]] = [
+    (["rows"], TypeError, f"count is ['rows'], a list: give 'auto', 'coupled', {NAMES}"),
+    (3, TypeError, f"count is 3, a int: give 'auto', 'coupled', {NAMES}"),
+    (None, TypeError, f"count is None, a NoneType: give 'auto', 'coupled', {NAMES}"),
+    ("row", ValueError, f"count is 'row': give 'auto', 'coupled', {NAMES}"),
+    ({}, ValueError, "count is a mapping without any term: give {'name of a term': 'rows', ...}"),
+    ({"fit": "rows", "size": 3}, TypeError, f"count of the term 'size' is 3, a int: give {NAMES}"),
+    ({"fit": "rows", "size": ["rows"]}, TypeError, f"the term 'size' is ['rows'], a list: give {NAMES}"),
+    ({"fit": "rows", "size": "auto"}, ValueError, f"count of the term 'size' is 'auto': give {NAMES}"),
+    ({"fit": "rows", "size": "coupled"}, ValueError, f"the term 'size' is 'coupled': give {NAMES}"),
+]
+
+
+@pytest.mark.parametrize(("count", "kind", "text"), BAD_COUNTS, ids=[str(bad) for bad, *_ in BAD_COUNTS])
+@pytest.mark.parametrize("size", [None, 2, ROWS])
+def test_a_count_that_is_no_name_and_no_function_is_refused_before_anything_runs(
+    count: Any, kind: type[Exception], text: str, size: int | None
+) -> None:
+    def never(m: Any, b: Any) -> Tensor:
+        raise AssertionError("the loss was run")
+
+    with pytest.raises(kind, match=re.escape(text)):
+        fit(loss_fn=never, count=count, micro_batch_size=size)
+
+
+def test_a_count_for_a_term_that_the_loss_lacks_names_it_before_any_gradient() -> None:
+    net = model()
+    counts = {"fit": "rows", "sise": "rows", "size": "rows"}
+    step = fit(model=net, loss_fn=two_terms, count=counts, micro_batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"names the term 'sise', .*\(it returned 'fit', 'size'\): leave it out"
+    ):
+        step(batch())
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
+def test_a_term_without_a_count_is_named_at_the_first_split() -> None:
+    step = fit(loss_fn=two_terms, count={"fit": "rows"}, micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"returned the term 'size', and count= has none .* give count="):
+        step(batch())
+
+
+def test_a_term_may_be_missing_from_a_micro_batch_in_which_it_counts_nothing() -> None:
+    def sometimes(m: Any, b: Any) -> dict[str, Tensor]:
+        chosen = b["y"][:, 0] > 0
+        few = {"few": m(b["x"])[chosen].mean()} if chosen.any() else {}
+        return {"fit": loss(m, b)} | few
+
+    net, data = model(), {"x": torch.randn(ROWS, WIDTH), "y": torch.ones(ROWS, 1)}
+    data["y"][2:] = -1.0
+    counts = {"fit": "rows", "few": lambda part: (part["y"] > 0).sum()}
+    step = fit(model=net, loss_fn=sometimes, batch=data, count=counts, micro_batch_size=2)
+    assert torch.allclose(step(data), torch.stack([*sometimes(net, data).values()]).sum())
+
+
+def test_a_term_whose_count_an_audit_found_may_end() -> None:
+    has_ended = False
+
+    def ending(m: Any, b: Any) -> dict[str, Tensor]:
+        return {"fit": loss(m, b)} | ({} if has_ended else {"size": m(b["x"]).square().sum()})
+
+    net, data = model(), batch()
+    step = fit(model=net, loss_fn=ending, batch=data, micro_batch_size=2)
+    assert step.audit is not None
+    assert {name for name, _ in step.audit.terms} == {"fit", "size"}
+    step(data)
+    has_ended = True
+    assert torch.allclose(step(data), loss(net, data))
+
+
+def of_outputs(outputs: Any, b: Any) -> Tensor:
+    """A mean over rows of outputs."""
+    return F.mse_loss(outputs, b["y"])
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_two_passes_may_be_asked_for_where_the_batch_is_whole(rows: int) -> None:
+    data = {name: tensor[:rows] for name, tensor in batch().items()}
+    given = {"batch": data, "micro_batch_size": rows, "count": "coupled"}
+    net = model()
+    step = fit(model=net, loss_fn=of_outputs, outputs_fn=lambda m, b: m(b["x"]), **given)
+    assert torch.allclose(step(data), loss(net, data))
+    with pytest.raises(ValueError, match=r"count='coupled' needs outputs_fn="):
+        fit(**given)
 
 
 def test_a_coupled_loss_is_refused_when_it_would_have_to_be_split() -> None:
@@ -285,6 +398,70 @@ def test_counters_that_were_alike_in_the_example_and_are_not_later_are_refused_b
     ).isfinite()
 
 
+# ---- functions, scaler, profile and batch_norm -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaler", ["x", True, 1024.0, torch.amp.GradScaler])
+def test_a_scaler_of_another_type_is_refused_by_fit(scaler: Any) -> None:
+    with pytest.raises(TypeError, match=rf"scaler is a {type(scaler).__name__}: give a torch.amp.GradScaler"):
+        fit(scaler=scaler)
+
+
+@pytest.mark.parametrize("stored", [3, "profile.json", {}])
+def test_a_profile_of_another_type_is_refused(stored: Any) -> None:
+    with pytest.raises(TypeError, match=rf"profile is a {type(stored).__name__}: give a memfit.Profile"):
+        fit(profile=stored)
+
+
+@pytest.mark.parametrize("choice", ["x", None, ["exact"]])
+def test_an_unknown_batch_norm_lists_the_known_ones(choice: Any) -> None:
+    text = re.escape(f"batch_norm is {choice!r}: give 'exact', 'ghost', 'frozen'")
+    with pytest.raises(ValueError, match=text):
+        fit(batch_norm=choice)
+    with pytest.raises(ValueError, match=text):
+        memfit.profile(model(), loss, batch(), batch_norm=choice)
+
+
+OF_MODEL = r"loss_fn is a int: give a function loss_fn\(model, batch\) -> scalar tensor"
+OF_OUTPUTS = r"loss_fn is a int: give a function loss_fn\(outputs, batch\) -> scalar tensor"
+OUTPUTS = r"outputs_fn is a int: give a function outputs_fn\(model, batch\) -> tensors of one row a row"
+NO_FUNCTIONS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: fit(loss_fn=3), OF_MODEL),
+    (lambda: memfit.profile(model(), cast(Any, 3), batch()), OF_MODEL),
+    (lambda: memfit.audit(model(), cast(Any, 3), batch()), OF_MODEL),
+    (lambda: fit(loss_fn=3, outputs_fn=lambda m, b: m(b["x"])), OF_OUTPUTS),
+    (lambda: fit(outputs_fn=3), OUTPUTS),
+    (lambda: memfit.profile(model(), loss, batch(), outputs_fn=cast(Any, 3)), OUTPUTS),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), NO_FUNCTIONS)
+def test_what_is_given_for_a_function_and_cannot_be_called_is_refused(
+    call: Callable[[], Any], text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
+        call()
+
+
+NO_OUTPUTS: list[tuple[Callable[[Any, Any], Any], str]] = [
+    (lambda m, b: None, "NoneType"),
+    (lambda m, b: 3, "int"),
+    (lambda m, b: ["a"], "list"),
+    (lambda m, b: m(b["x"]).argmax(1), "Tensor"),
+]
+
+
+@pytest.mark.parametrize(("outputs_fn", "kind"), NO_OUTPUTS, ids=[kind for _, kind in NO_OUTPUTS])
+@pytest.mark.parametrize("count", ["auto", "coupled"])
+def test_outputs_without_any_tensor_that_has_a_gradient_are_refused(
+    outputs_fn: Any, kind: str, count: str
+) -> None:
+    net = model()
+    text = f"outputs_fn returned a {kind} without any tensor that a gradient can be taken of: return tensors"
+    with pytest.raises(ValueError, match=rf"{text} .* one row a row of the batch"):
+        fit(model=net, loss_fn=lambda o, b: net(b["x"]).exp().sum().log(), outputs_fn=outputs_fn, count=count)
+
+
 # ---- the model -------------------------------------------------------------------------------------------
 
 
@@ -295,6 +472,16 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
         fit(model=model().requires_grad_(False))
     with pytest.raises(ValueError, match=r"Tanh has no parameter"):
         fit(model=nn.Tanh())
+
+
+@pytest.mark.parametrize("given", [3, nn.Linear, loss])
+def test_a_model_that_is_no_module_is_refused(given: Any) -> None:
+    text = rf"model is a {type(given).__name__}: give a torch.nn.Module"
+    for call in (memfit.profile, memfit.audit):
+        with pytest.raises(TypeError, match=text):
+            call(given, loss, batch())
+    with pytest.raises(TypeError, match=text):
+        fit(model=given)
 
 
 def test_parameters_on_several_devices_are_named() -> None:

@@ -19,10 +19,11 @@ from memfit.core.plan import Plan, find_plan, simulate
 from memfit.core.timeline import Timeline
 from memfit.errors import InexactAccumulation, InfeasibleBudget, UnsupportedModel
 from memfit.runtime.accumulate import Accumulation
+from memfit.runtime.arguments import check_micro_batch_size, check_type
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
-from memfit.runtime.count import COUPLED, Counter
+from memfit.runtime.count import COUPLED, Counter, counter_named
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
@@ -126,10 +127,12 @@ def _fitted(
     scaler: torch.amp.GradScaler | None,
 ) -> Step:
     """The step of a job: profiled, its accumulation proved where it is split, and planned."""
+    _check(count, profile, scaler)
     place = check_model(job.model)
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(job.batch)
+    check_micro_batch_size(micro_batch_size, rows)
     audit = None
     if micro_batch_size is None or micro_batch_size < rows or count == COUPLED:
         largest_bytes = copy_bytes(job.model, budget_bytes)
@@ -153,6 +156,23 @@ def _fitted(
         job.model, job.loss_fn, splitting.counter, splitting.is_two_pass, scaler, job.batch_norm
     )
     return Step(run, plan, splitting.settled(profile), optimizer=job.optimizer, find=find)
+
+
+def _check(
+    count: str | Counter | Mapping[str, str | Counter],
+    profile: Profile | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Refuses, before anything runs, what would fail at the first step.
+
+    Raises:
+        TypeError, ValueError: One of them is not as :func:`fit` has it.
+    """
+    counter_named(count)
+    if profile is not None:
+        check_type("profile", profile, Profile, "a memfit.Profile, such as step.profile")
+    if scaler is not None:
+        check_type("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
 
 
 def _bar_coupled(profile: Profile, splitting: Splitting) -> None:

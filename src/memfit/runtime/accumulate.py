@@ -23,6 +23,7 @@ from memfit.runtime.micro import (
     alone,
     micro_batches,
     refuse_no_gradients,
+    refuse_no_such_term,
     weighted_loss,
 )
 from memfit.runtime.passes import run_in_two_passes
@@ -95,6 +96,8 @@ class Accumulation:
         """Forward under the plan, then backward. Without a plan no mode is entered."""
         with Replayer(self.model, decisions) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
+        if isinstance(self.counter, Mapping) and isinstance(weight, Mapping):  # an audit's may have ended
+            refuse_no_such_term(loss.terms, weight)
         loss.backward(self.scaler)
         return loss._replace(total=alone(loss.total))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor
@@ -46,6 +46,7 @@ NAMED: Final[Mapping[str, Counter]] = {
     "shifted_labels": shifted_labels,
     "sum": one,
 }
+_CHOICES: Final = ("auto", COUPLED)
 
 
 class Weigher:
@@ -95,26 +96,35 @@ def shares(counter: Counter, parts: Sequence[Any], whose: str = "") -> list[floa
 def counter_named(
     count: str | Counter | Mapping[str, str | Counter],
 ) -> Counter | Mapping[str, Counter] | None:
-    """The counter that a user asked for, or one for each term of the loss; None where none was.
+    """The counter that a user asked for, or one for each term of the loss; None for what asks for none.
 
     Raises:
-        ValueError: ``count`` is none of the names.
+        ValueError: ``count`` is none of the names, or a mapping without any term.
+        TypeError: It, or what it has for a term, is no name and no function.
     """
     if isinstance(count, Mapping):
-        return {term: _named(one) for term, one in count.items()}
-    return None if count in ("auto", COUPLED) else _named(count)
+        if not count:
+            raise ValueError("count is a mapping without any term: give {'name of a term': 'rows', ...}")
+        return {term: _named(one, f"count of the term {term!r}", NAMED) for term, one in count.items()}
+    if isinstance(count, str) and count in _CHOICES:
+        return None
+    return _named(count, "count", (*_CHOICES, *NAMED))
 
 
-def _named(count: str | Counter) -> Counter:
+def _named(count: str | Counter, what: str, names: Iterable[str]) -> Counter:
     """The counter of a name, or the one that was given.
 
     Raises:
         ValueError: ``count`` is none of the names.
+        TypeError: It is no name and no function.
     """
     if callable(count):
         return count
+    cure = f"give {', '.join(map(repr, names))} or a function"
+    if not isinstance(count, str):
+        raise TypeError(f"{what} is {count!r}, a {type(count).__name__}: {cure}")
     if count not in NAMED:
-        raise ValueError(f"count is {count!r}: give 'auto', {', '.join(map(repr, NAMED))} or a function")
+        raise ValueError(f"{what} is {count!r}: {cure}")
     return NAMED[count]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts
 from memfit.errors import UnsupportedModel
+from memfit.runtime.arguments import check_type
 from memfit.runtime.batch import split, tensors_of
 from memfit.runtime.hooks import refuse_accumulation_hooks
 from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
@@ -41,10 +42,12 @@ def check_model(model: nn.Module) -> torch.device:
     """The device the model trains on.
 
     Raises:
+        TypeError: It is no module.
         ValueError: Nothing is trainable, or autograd is off for good.
         UnsupportedModel: Its parameters are on several devices, or one has a hook that would step
             the optimizer inside the backward.
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     if torch.is_inference_mode_enabled():
         raise ValueError("memfit was called inside torch.inference_mode(): call it outside, to train")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

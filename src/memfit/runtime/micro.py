@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memfit.runtime.arguments import check_function
 from memfit.runtime.normalisation import normalised
 from memfit.runtime.precision import SUM, float32_sums
 
@@ -52,8 +53,19 @@ class OutputsLoss:
 
 
 def whole_loss(loss_fn: LossFn | Callable[[Any, Any], Loss], outputs_fn: OutputsFn | None) -> LossFn:
-    """The loss of model and batch, whether or not it is given in two functions."""
-    return loss_fn if outputs_fn is None else OutputsLoss(outputs_fn, loss_fn)
+    """The loss of model and batch, whether or not it is given in two functions.
+
+    Raises:
+        TypeError: One of them is no function.
+    """
+    first = "model" if outputs_fn is None else "outputs"
+    check_function("loss_fn", loss_fn, f"loss_fn({first}, batch) -> scalar tensor, or a mapping of them")
+    if outputs_fn is None:
+        return loss_fn
+    check_function(
+        "outputs_fn", outputs_fn, "outputs_fn(model, batch) -> tensors of one row a row of the batch"
+    )
+    return OutputsLoss(outputs_fn, loss_fn)
 
 
 @contextmanager
@@ -116,6 +128,21 @@ def _weight_of_each(terms: Mapping[str, Tensor], weight: float | Mapping[str, fl
                 f"{', '.join(map(repr, weight))}): give count={{{name!r}: ...}} too"
             )
     return weight
+
+
+def refuse_no_such_term(terms: Mapping[str, Tensor], weight: Mapping[str, float]) -> None:
+    """Refuses weights of which one is of no term; a term of weight 0 is left out, so it may be missing.
+
+    Raises:
+        ValueError: There is one, and it is named.
+    """
+    for name, share in weight.items():
+        if share and name not in terms:
+            raise ValueError(
+                f"count= names the term {name!r}, and loss_fn did not return it (it returned "
+                f"{', '.join(map(repr, terms))}): leave it out of count=, or return it as a 0 where it does "
+                "not apply"
+            )
 
 
 def one_number(loss: object, who: str = "loss_fn") -> Tensor:

@@ -31,6 +31,7 @@ from memfit.core.devices import Device, device_named
 from memfit.core.graph import EMPTY_GRAPH, Profile, Residents, StepGraph, in_blocks
 from memfit.core.timeline import run
 from memfit.errors import UnsupportedModel
+from memfit.runtime.arguments import check_micro_batch_size
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import detached, rows_of, tensors_of
 from memfit.runtime.fake import is_fake, untouched
@@ -284,10 +285,7 @@ def _counts(rows: int, micro_batch_size: int | None) -> tuple[int, ...]:
     """Numbers of micro-batches to look at."""
     if micro_batch_size is None:
         return candidate_part_counts(rows)
-    if isinstance(micro_batch_size, bool) or not 1 <= micro_batch_size <= rows:
-        raise ValueError(
-            f"micro_batch_size is {micro_batch_size}, and the batch has {rows} rows: give 1 to {rows}"
-        )
+    check_micro_batch_size(micro_batch_size, rows)
     return (len(parts_for(rows, micro_batch_size)),)
 
 

@@ -9,6 +9,7 @@ the loss: layers that mix rows, state, random numbers that rows share, hooks, op
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,8 +45,17 @@ class SumOverRows:
         outputs = self.outputs_fn(model, batch)
         refuse_no_rows(outputs, rows_of(batch))
         found = [t for _, t in tensors_of(outputs) if is_differentiable(t)]
+        if not found:
+            raise NoOutputs(
+                f"outputs_fn returned a {type(outputs).__name__} without any tensor that a gradient can be "
+                "taken of: return tensors of floating point, of one row a row of the batch"
+            )
         terms = [_generic(tensor, number) for number, tensor in enumerate(found)]
         return sum(terms[1:], terms[0])
+
+
+class NoOutputs(ValueError):
+    """Nothing that ``outputs_fn`` returns can have a gradient."""
 
 
 class Passes(NamedTuple):
@@ -64,7 +74,7 @@ def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_co
         stored: A profile of the same job says it without an audit.
 
     Raises:
-        ValueError: Two passes are asked for, and the outputs are not given apart.
+        ValueError: Two passes are asked for, and the outputs are not given apart; or none has a gradient.
         InexactAccumulation: Two passes are asked for, and are not exact, or outputs have no rows.
     """
     if not isinstance(job.loss_fn, OutputsLoss):
@@ -81,7 +91,7 @@ def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_co
     try:
         found = _audited(job, count, largest_copy_bytes)
     except Exception as error:
-        if count == COUPLED or is_out_of_memory(error):
+        if count == COUPLED or isinstance(error, NoOutputs) or is_out_of_memory(error):
             raise
         _log.info("two passes cannot be proved (%s: %s)", type(error).__name__, error)
         return Passes(job)
@@ -101,9 +111,19 @@ def _audited(job: Job, count: object, largest_copy_bytes: int) -> Audit | None:
 
     assert isinstance(job.loss_fn, OutputsLoss)
     with by_rows(job.model, job.batch_norm):
-        if count == "auto" and audited(job).is_exact:
+        if count == "auto" and _adds_up(job, audited):
             return None
         return audited(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
+
+
+def _adds_up(job: Job, audited: Callable[[Job], Audit]) -> bool:
+    """Whether micro-batches can be weighted; not where the loss fails on a few rows."""
+    try:
+        return audited(job).is_exact
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
 
 
 def _generic(outputs: Tensor, number: int) -> Tensor:

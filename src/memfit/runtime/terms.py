@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from memfit.core.audit import ROWS, Audit, Kind
+from memfit.runtime.arguments import check_type
 from memfit.runtime.audit import LARGEST_COPY_BYTES, audit_job, cures
 from memfit.runtime.job import Job, Optimizers
-from memfit.runtime.micro import Loss, LossFn
+from memfit.runtime.micro import Loss, LossFn, whole_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,12 @@ def audit(model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: Optimizer
     Raises:
         UnsupportedModel: The model or the batch is fake or on the meta device: there is nothing to compare.
         InexactAccumulation: The batch cannot be split by rows; the error names the leaf.
-        TypeError, ValueError: The loss is not one number with a graph, or nothing is trainable.
+        TypeError, ValueError: The loss is not one number with a graph, nothing is trainable, or something
+            is not as described above.
         Exception: What ``loss_fn`` raised, with a note of the rows that were probed.
     """
-    return audit_terms(Job(model, loss_fn, batch, optimizer))
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    return audit_terms(Job(model, whole_loss(loss_fn, None), batch, optimizer))
 
 
 def audit_terms(
