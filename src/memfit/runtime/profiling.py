@@ -76,7 +76,7 @@ def profile(
 
     Args:
         model: Real, fake or on ``meta``; on one device.
-        loss_fn: ``loss_fn(model, batch) -> scalar tensor``.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``, or a mapping of terms.
         batch: The effective batch; its tensors share the first dimension, the rows.
         optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Only this size.
