@@ -277,6 +277,8 @@ def test_a_loss_that_adds_up_needs_no_second_pass() -> None:
     step = memfit.fit(encoder(), mean_square, pairs(), memory=PLENTY, micro_batch_size=3, outputs_fn=both)
     assert not step.plan.is_two_pass
     assert "two passes" not in str(step.plan)
+    assert step.audit is not None
+    assert step.audit.counter == "rows"
 
 
 def test_one_micro_batch_needs_no_second_pass_and_is_the_plain_step_to_the_bit() -> None:
@@ -365,10 +367,12 @@ def test_outputs_that_compare_rows_are_refused_by_name() -> None:
     def similarities(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"scores": model(batch["left"]) @ model(batch["right"]).T}
 
-    error = refusal(
-        encoder(), lambda o, b: F.cross_entropy(o["scores"], torch.arange(len(b["left"]))), similarities
-    )
-    assert "loss_fn" in str(error)
+    def loss_fn(outputs: Any, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs["scores"], torch.arange(len(batch["left"])))
+
+    assert "two passes are not exact" in str(refusal(encoder(), loss_fn, similarities))
+    with pytest.raises(InexactAccumulation, match=r"outputs\['scores'\] .*not their similarities"):
+        memfit.profile(encoder(), loss_fn, pairs(), micro_batch_size=3, outputs_fn=similarities)
 
 
 def test_outputs_without_rows_are_refused_by_name() -> None:
@@ -376,10 +380,9 @@ def test_outputs_without_rows_are_refused_by_name() -> None:
         found = model(batch["left"])
         return {"found": found, "mean": found.mean()}
 
-    profiled = pytest.raises(InexactAccumulation, match=r"outputs\['mean'\].*one row a row")
-    with profiled:
+    with pytest.raises(InexactAccumulation, match=r"outputs\['mean'\].*one row a row"):
         memfit.profile(encoder(), lambda o, b: o["mean"], pairs(), micro_batch_size=3, outputs_fn=with_a_mean)
-    assert refusal(encoder(), lambda o, b: o["mean"], with_a_mean).owner
+    assert refusal(encoder(), lambda o, b: o["mean"], with_a_mean).owner == "outputs['mean']"
 
 
 def test_a_layer_that_mixes_rows_is_refused_by_name() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -88,42 +89,35 @@ def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_co
         for known in (twice, job):
             if what_changed(stored.basis, basis_of(known)) is None:
                 return Passes(known, stored.audit)
+    audited = partial(audit_terms, largest_copy_bytes=largest_copy_bytes, judges_hooks=False)
+    rows = job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn))
     try:
-        found = _audited(job, count, largest_copy_bytes)
+        with by_rows(job.model, job.batch_norm):
+            whole = _exact(job, audited) if count == "auto" else None
+            if whole is not None:
+                return Passes(job, whole)
+            found = audited(rows)
     except Exception as error:
         if count == COUPLED or isinstance(error, NoOutputs) or is_out_of_memory(error):
             raise
         _log.info("two passes cannot be proved (%s: %s)", type(error).__name__, error)
         return Passes(job)
-    if found is not None and found.is_exact and found.kind is Kind.SUM:
+    if found.is_exact and found.kind is Kind.SUM:
         return Passes(twice, found)
     if count == COUPLED:
-        assert found is not None
         raise InexactAccumulation(f"two passes are not exact: {found}", owner=found.owner)
     return Passes(job)
 
 
-def _audited(job: Job, count: object, largest_copy_bytes: int) -> Audit | None:
-    """The audit of what every row's outputs are made of; None where two passes are not needed."""
-
-    def audited(one: Job) -> Audit:
-        return audit_terms(one, largest_copy_bytes=largest_copy_bytes, judges_hooks=False)
-
-    assert isinstance(job.loss_fn, OutputsLoss)
-    with by_rows(job.model, job.batch_norm):
-        if count == "auto" and _adds_up(job, audited):
-            return None
-        return audited(job._replace(loss_fn=SumOverRows(job.loss_fn.outputs_fn)))
-
-
-def _adds_up(job: Job, audited: Callable[[Job], Audit]) -> bool:
-    """Whether micro-batches can be weighted; not where the loss fails on a few rows."""
+def _exact(job: Job, audited: Callable[[Job], Audit]) -> Audit | None:
+    """The audit of a loss whose parts can be weighted; None of others, and where it fails on a few rows."""
     try:
-        return audited(job).is_exact
+        found = audited(job)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return False
+        return None
+    return found if found.is_exact else None
 
 
 def _generic(outputs: Tensor, number: int) -> Tensor:

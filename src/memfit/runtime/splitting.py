@@ -74,7 +74,10 @@ class Splitting(Weigher):
         self._counter = self._given
         self._alike: list[_Alike] = []
         self._barred: str | None = None
-        if self._given is None and stored is not None and _holds(stored, job):
+        self._bars = ""
+        if audit is not None and not job.is_two_pass:
+            self._take(audit, job.batch)
+        elif self._given is None and stored is not None and _holds(stored, job):
             assert stored.audit is not None
             self._take(stored.audit, job.batch)
             if self._counter is None and stored.audit.is_exact:
