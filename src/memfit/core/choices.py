@@ -5,7 +5,8 @@ Note [Choices]
     forward and backward, what it cannot save before the whole forward is over, and seconds of replay. A
     choice that another one beats in all of them is left out.
  2. They are found by the program of ``core/milp.py`` on the segment's graph, with a price on each kept byte:
-    the lower hull of seconds over bytes, corner by corner, under a few limits of the peak.
+    the lower hull of seconds over bytes, corner by corner, under a few limits of the peak. Under many more
+    limits, what keeps least: the smallest memory that works is made of those.
  3. The numbers are not the program's but the simulation's.
 """
 
@@ -20,8 +21,10 @@ from memfit.core.segments import Segment, held_until_then, kept_after_forward, p
 from memfit.core.timeline import run
 
 _LIMITS = 3  # of the peak, between the least and what the fastest choice takes
+_FINE_LIMITS = 24  # under which only the least kept bytes are looked for
 _DEPTH = 3  # of the search for corners of the hull: at most 2**_DEPTH + 1 under each limit
 _WINDOW = 12
+_ANY_PRICE_S = 1.0  # of a byte: so dear that as little is kept as can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,17 @@ def read_choices(segment: Segment, alignment_bytes: int) -> tuple[Choice, ...]:
     search.try_all([search.program.closure(set()), search.program.least()])
     plain = search.found[frozenset()]
     lowest = min(choice.peak_bytes for choice in search.found.values())
-    limits: list[int | None] = [None]
-    limits += [lowest + (plain.peak_bytes - lowest) * i // (_LIMITS + 1) for i in range(1, _LIMITS + 1)]
-    for limit in limits:
+    between = plain.peak_bytes - lowest
+    for limit in (None, *_limits(lowest, between, _LIMITS)):
         search.corners(limit)
+    for limit in _limits(lowest, between, _FINE_LIMITS):
+        search.try_all(search.program.priced(limit, _ANY_PRICE_S))
     return search.best()
+
+
+def _limits(lowest_bytes: int, between_bytes: int, number: int) -> list[int]:
+    """Limits at equal distances, neither end among them."""
+    return [lowest_bytes + between_bytes * i // (number + 1) for i in range(1, number + 1)]
 
 
 def tried_choices(
@@ -106,10 +115,10 @@ class _Search:
 
     def corners(self, limit_bytes: int | None) -> None:
         """The corners of the hull of seconds over kept bytes, under a limit of the peak."""
-        dearest = self.program.priced(limit_bytes, 1.0)  # a second a byte: keep as little as can be
+        dearest = self.program.priced(limit_bytes, _ANY_PRICE_S)
         fastest = [frozenset[int]()] if limit_bytes is None else self.program.priced(limit_bytes, 0.0)
         if dearest and fastest:
-            less, more = self.cheapest(dearest, 1.0), self.cheapest(fastest, 0.0)
+            less, more = self.cheapest(dearest, _ANY_PRICE_S), self.cheapest(fastest, 0.0)
             self._between(limit_bytes, more, less, _DEPTH)
 
     def cheapest(self, candidates: list[frozenset[int]], price_s: float) -> Choice:

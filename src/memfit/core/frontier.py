@@ -31,6 +31,7 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
     planner = Planner(profile, micro_batch_size)
     lowest, fastest = planner.lowest(), planner.fastest(_PLENTY_BYTES)
     assert fastest is not None
+    lowest = planner.fastest(lowest.predicted_peak_bytes) or lowest
     found = [lowest, fastest]
     base_bytes = min(profile.residents.total_bytes, lowest.predicted_peak_bytes - 1)
     low, high = (plan.predicted_peak_bytes - base_bytes for plan in (lowest, fastest))

@@ -6,7 +6,8 @@ Note [Search]
     are never solved.
  3. How one size is solved is for ``core/candidate.py``.
  4. If no plan was found that fits, the plan of least peak decides: either it fits and is the answer, or its
-    peak is the smallest memory that works. So a refusal is tight.
+    peak is the smallest memory that works. So a refusal is tight. It is searched as if every op took equally
+    long: measured seconds differ a little from run to run, and what one run names must work in the next.
 """
 
 from __future__ import annotations
@@ -176,15 +177,13 @@ class Planner:
     def lowest(self) -> Plan:
         """The plan of least peak. See Note [Search] 4."""
         if self._lowest is None:
-            for candidate in self._candidates:
-                _ = candidate.links  # alike segments share choices: in one order, whatever is asked for first
-            # Not a set: its order, and with it the choice between equals, would differ from run to run.
-            sizes = [candidate.graph.rows for candidate in self._candidates]
-            ends = dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))
+            # Alike segments share choices, so that the order matters, and is always the same.
+            by_rows = {candidate.graph.rows: candidate for candidate in self._candidates}
+            choices = Choices(self._profile.alignment_bytes)
             plans = [
-                _plan(self._candidates[end], dropped, 0, 0.0)
-                for end in ends
-                for dropped in self._candidates[end].least()
+                _plan(by_rows[rows], dropped, 0, 0.0)
+                for rows in dict.fromkeys((min(by_rows), max(by_rows)))
+                for dropped in by_rows[rows].timeless(choices).least()
             ]
             least = min(plans, key=lambda plan: (plan.predicted_peak_bytes, plan.predicted_step_s))
             self._lowest = self._certified(least, least.predicted_peak_bytes)
