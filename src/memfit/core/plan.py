@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 
 from memfit.core.candidate import Candidate
+from memfit.core.export import Export, export
 from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
 from memfit.core.links import Choices
 from memfit.core.timeline import Event, Timeline, droppable, events, floors
@@ -108,6 +109,17 @@ class Plan:
             lines.append("recomputes nothing")
         return "\n".join(lines)
 
+    def to(self, tool: str) -> Export:
+        """The nearest settings of another tool, and what they cannot say.
+
+        Args:
+            tool: ``"transformers"`` (arguments of ``TrainingArguments``) or ``"axolotl"`` (keys of its YAML).
+
+        Raises:
+            ValueError: The tool is none of these.
+        """
+        return export(self, tool)
+
     def to_json(self) -> str:
         """A JSON text that :meth:`from_json` reads back to an equal value."""
         return json.dumps(asdict(self) | {"format": FORMAT}, indent=1)
@@ -120,7 +132,7 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
-        data.pop("advice", None)  # which `memfit plan --json` says besides
+        data = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))
