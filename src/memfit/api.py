@@ -23,12 +23,12 @@ from memfit.runtime.arguments import check_micro_batch_size, check_type
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
+from memfit.runtime.compiled import compiled_part
 from memfit.runtime.count import COUPLED, Counter, counter_named
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
-from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting, copy_bytes
