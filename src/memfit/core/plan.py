@@ -20,6 +20,7 @@ from itertools import repeat
 from memfit.core.candidate import Candidate
 from memfit.core.export import Export, export
 from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
+from memfit.core.hidden import KNOB, NOTHING_HIDDEN, Hidden, hidden, told
 from memfit.core.links import Choices
 from memfit.core.timeline import Event, Timeline, droppable, events, floors
 from memfit.errors import InfeasibleBudget
@@ -51,6 +52,7 @@ class Plan:
         levels: One for each of them where some are computed more than once; else empty.
         is_two_pass: Every forward runs twice, for the loss couples the rows: first all outputs, then their
             gradients. ``recompute_s`` counts neither.
+        hidden: What torch.compile hides, which is kept whatever the plan.
     """
 
     rows: int
@@ -67,6 +69,7 @@ class Plan:
     recomputed_bytes: int = 0
     levels: tuple[Level, ...] = ()
     is_two_pass: bool = False
+    hidden: Hidden = NOTHING_HIDDEN
 
     @property
     def optimality_gap(self) -> float:
@@ -107,6 +110,8 @@ class Plan:
             )
         else:
             lines.append("recomputes nothing")
+        if self.hidden.modules:
+            lines += [f"torch.compile hides {told(self.hidden)}", KNOB]
         return "\n".join(lines)
 
     def to(self, tool: str) -> Export:
@@ -136,7 +141,9 @@ class Plan:
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))
-            return Plan(recompute=keys, levels=levels, **data)
+            modules, *sizes = data.pop("hidden", NOTHING_HIDDEN)
+            hides = Hidden(tuple(modules), *sizes)
+            return Plan(recompute=keys, levels=levels, hidden=hides, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit plan: {error}") from None
 
@@ -326,6 +333,7 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
         recomputed_bytes=sum(graph.size_bytes(value) for value in dropped),
         levels=tuple(level for _, level in named) if in_levels else (),
         is_two_pass=graph.held_bytes > 0,
+        hidden=hidden(graph, simulated),
     )
 
 

@@ -30,7 +30,7 @@ class Frame(Generic[D]):
         self.decisions = decisions
         self.counts: dict[Any, int] = {}
 
-    def occurrence(self, func: OpOverload) -> int:
+    def occurrence(self, func: OpOverload | str) -> int:
         """Counts a call and returns how many came before it in this frame."""
         nth = self.counts.get(func, 0)
         self.counts[func] = nth + 1

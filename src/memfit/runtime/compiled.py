@@ -1,7 +1,7 @@
 """Which parts of a model torch.compile hides, and how memfit's dispatch modes step aside for them.
 
 Note [Compiled regions]
- 1. Under a dispatch mode dynamo runs a compiled module eagerly, whose numbers may differ in the last bits from
+ 1. Under a dispatch mode dynamo runs a compiled module eagerly, whose last bits may differ from
     the compiled ones. So memfit's modes leave the stack for the call of a region and come back after it.
  2. Hooks of saved tensors stay: the region's autograd function saves through them. So a value from outside
     that a region saves can be recomputed; what the region itself has made is kept as it is.
@@ -9,7 +9,9 @@ Note [Compiled regions]
     nothing is hooked: hooks would be traced into the graph.
  4. A compiled function that the model's or the loss's own code calls cannot be entered so. It is looked for
     among the names that this code uses, and hides the whole model.
- 5. A region that writes to an argument would do so unseen by what is to be replayed, so it is refused.
+ 5. CUDA graphs (``mode="reduce-overhead"``) hand out memory that their next replay overwrites, gradients
+    included, so with them the batch stays whole. On a CPU the compiler makes none.
+ 6. A region that writes to an argument would do so unseen by what is to be replayed, so it is refused.
 Source: ``torch/_dynamo/convert_frame.py``, ``torch/_functorch/_aot_autograd/runtime_wrappers.py`` (2.13).
 """
 
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
@@ -105,7 +108,7 @@ def entered(regions: Iterable[Region], around: Around) -> Iterator[None]:
 @contextmanager
 def stepped_aside(mode: TorchDispatchMode) -> Iterator[None]:
     """The body runs without a mode, unless another one lies above it: then dynamo runs eagerly anyway."""
-    if _get_current_dispatch_mode() is not mode:  # type: ignore[no-untyped-call]
+    if _get_current_dispatch_mode() is not mode:
         yield
         return
     TorchDispatchMode.__exit__(mode, None, None, None)  # type: ignore[no-untyped-call]
@@ -144,6 +147,25 @@ def replays_graphs(regions: Iterable[Region]) -> str | None:
         if config.get("triton.cudagraphs") or _inductor_graphs():
             return region.name or type(region.module).__name__
     return None
+
+
+def size_for_graphs(model: nn.Module, place: torch.device, rows: int, size: int | None) -> int | None:
+    """The pinned micro-batch size: the whole batch where a region runs as CUDA graphs. See Note 5.
+
+    Raises:
+        UnsupportedModel: A smaller one is asked for.
+    """
+    name = replays_graphs(compiled_regions(model)) if place.type == "cuda" else None
+    if name is None:
+        return size
+    if size is not None and size < rows:
+        raise UnsupportedModel(
+            f"{name} is compiled into CUDA graphs (mode='reduce-overhead'), whose next replay overwrites the "
+            "gradients of the last, so micro-batches cannot be added up: compile it with mode='default' or "
+            "'max-autotune-no-cudagraphs', or leave micro_batch_size out",
+            owner=name,
+        )
+    return rows
 
 
 def _inductor_graphs() -> bool:

@@ -43,7 +43,7 @@ class Probe(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op."""
 
     def begin(self) -> None:
@@ -71,9 +71,8 @@ class RooflineProbe:
     ) -> None:
         pass
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op on fakes and estimates it."""
-        assert isinstance(func, OpOverload)
         out = func(*args, **kwargs)
         moved = sum(t.numel() * t.element_size() for tree in (args, out) for t in tensors_in(tree))
         formula = flop_registry.get(func.overloadpacket)
@@ -114,9 +113,8 @@ class MaterialProbe(RooflineProbe):
         self._until_s = time.perf_counter() + most_s
         self._known: dict[object, int | None] = {}
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Estimates an op; measures what it allocates, its results included, if that is wanted."""
-        assert isinstance(func, OpOverload)
         out = super().call(func, args, kwargs)
         if str(func) in self._wanted:
             looks = repr((func, map_tensors((args, list(kwargs.items())), _look)))
@@ -193,7 +191,7 @@ class CpuProbe:
         self._seconds.append(time.perf_counter() - self._start_s)
         self._open.__exit__(None, None, None)
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op inside a named range of the profile."""
         with torch._C._profiler._RecordFunctionFast(f"{self._RANGE}.{len(self._seconds)}"):
             start_s = time.perf_counter()
@@ -250,7 +248,7 @@ class CudaProbe:
         peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before_bytes
         self._sums.append((peak_bytes, torch.cuda.memory_allocated(self._device) - self._before_bytes))
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op between two events."""
         self.begin()
         out = func(*args, **kwargs)

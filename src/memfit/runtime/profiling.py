@@ -40,6 +40,7 @@ from memfit.runtime.compiled import (
     compiled_regions,
     hidden_function,
     replays_graphs,
+    size_for_graphs,
 )
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
@@ -116,7 +117,8 @@ def profile_job(
     place = check_model(job.model)
     card = device_named(device) if isinstance(device, str) else device
     job = job._replace(batch=detached(job.batch))
-    counts = _counts(rows_of(job.batch), micro_batch_size)
+    rows = rows_of(job.batch)
+    counts = _counts(rows, size_for_graphs(job.model, place, rows, micro_batch_size))
     real = not any(is_fake(p) for p in job.model.parameters())
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
     whole = _hidden_whole(job, real=real)
@@ -131,11 +133,11 @@ def profile_job(
 def _hidden_whole(job: Job, *, real: bool) -> str | None:
     """What hides so much that only the micro-batch can be chosen, if anything does; see Note [Opaque]."""
     regions = compiled_regions(job.model)
-    functions = _functions_of(job.loss_fn)
     part = compiled_part(job.model)
     if part is not None and (not real or not regions[0].name or job.is_two_pass):
         return part
-    return replays_graphs(regions) or hidden_function(job.model, functions)
+    graphs = replays_graphs(regions) if next(job.model.parameters()).device.type == "cuda" else None
+    return graphs or hidden_function(job.model, _functions_of(job.loss_fn))
 
 
 def _functions_of(loss_fn: LossFn) -> list[object]:
@@ -293,7 +295,8 @@ def _opaque(
         )
     warnings.warn(
         f"{part} is compiled by torch.compile, which hides its ops: memfit chooses the micro-batch and "
-        "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor",
+        "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor, or compile its "
+        "blocks, each by itself, to plan what is outside of them",
         stacklevel=4,
     )
     with _unseen(job.model):

@@ -334,13 +334,14 @@ class Recorder(TorchDispatchMode):
                     self._appear(tensor)
             frame = self._sites.current
             name = f"{COMPILED}{region.name}"
-            key, inputs, self._region = OpKey(frame.name, name, frame.occurrence(name)), (), _Region()
-            if self.is_forward:
-                inputs = self._inputs((tensors,), {})
+            key, self._region = OpKey(frame.name, name, frame.occurrence(name)), _Region()
+            inputs = self._inputs((tensors,), {})
             start = len(self.log)
             try:
                 with unwritten(region, tensors), stepped_aside(self):
-                    out = self._probe.call(call, args, kwargs)
+                    self._probe.begin()
+                    out = call(*args, **kwargs)
+                    self._probe.end()
             finally:
                 here, self._region = self._region, None
             self._note_region(key, inputs, here, arguments_of((out,), {}), start)
@@ -392,8 +393,8 @@ class Recorder(TorchDispatchMode):
                 continue
             stops.add(node)
             pending += [following for following, _ in node.next_functions]
-            if "CompiledFunction" in node.name() and _SEEN not in node.metadata:
-                node.metadata[_SEEN] = True
+            if "CompiledFunction" in node.name() and _SEEN not in (known := _metadata(node)):
+                known[_SEEN] = True
                 node.register_prehook(self._begin_backward)
                 node.register_hook(partial(self._end_backward, region.name))
 
@@ -698,6 +699,12 @@ def _no_collection() -> Iterator[None]:
 def _has_storage(tensor: Tensor) -> bool:
     """Whether a tensor has bytes of its own that can be watched."""
     return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _metadata(node: Any) -> dict[str, Any]:
+    """What can be noted at a node of autograd's graph; its stub takes the property for a method."""
+    found: dict[str, Any] = node.metadata
+    return found
 
 
 def _address(tensor: Tensor) -> int:
