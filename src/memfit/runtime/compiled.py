@@ -5,6 +5,7 @@ Note [Compiled regions]
     the compiled ones. So memfit's modes leave the stack for the call of a region and come back after it.
  2. Hooks of saved tensors stay: the region's autograd function saves through them. So a value from outside
     that a region saves can be recomputed; what the region itself has made is kept as it is.
+    The hooks are marked as not to be traced: dynamo would compile them, for they run inside of its region.
  3. A region is entered where its compiled callable is called, in the dictionary of its module. Inside of it
     nothing is hooked: hooks would be traced into the graph.
  4. A compiled function that the model's or the loss's own code calls cannot be entered so. It is looked for
@@ -17,8 +18,8 @@ Source: ``torch/_dynamo/convert_frame.py``, ``torch/_functorch/_aot_autograd/run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -111,11 +112,21 @@ def stepped_aside(mode: TorchDispatchMode) -> Iterator[None]:
     if _get_current_dispatch_mode() is not mode:
         yield
         return
-    TorchDispatchMode.__exit__(mode, None, None, None)  # type: ignore[no-untyped-call]
+    TorchDispatchMode.__exit__(mode, None, None, None)
     try:
         yield
     finally:
-        TorchDispatchMode.__enter__(mode)  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__enter__(mode)
+
+
+def saves_through(
+    regions: Collection[Region], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
+) -> AbstractContextManager[None]:
+    """Hooks of saved tensors that the compiler leaves alone. See Note 2."""
+    if regions:
+        pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
+    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return hooks
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.core.graph import COMPILED, LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
-from memfit.runtime.compiled import Region, arguments_of, entered, stepped_aside, unwritten
+from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
 from memfit.runtime.opinfo import (
     OpInfo,
     declared_writes,
@@ -506,7 +506,7 @@ def record(
         with probe:
             with (
                 entered(sites.regions, recorder.around),
-                torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack),
+                saves_through(sites.regions, recorder.pack, recorder.unpack),
                 recorder,
             ):
                 loss = forward()

@@ -46,7 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memfit.core.graph import Level, ValueKey
 from memfit.runtime.callsite import CallSites
-from memfit.runtime.compiled import Region, arguments_of, entered, stepped_aside, unwritten
+from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
 from memfit.runtime.opinfo import (
     OpInfo,
     all_writes,
@@ -230,7 +230,7 @@ class Replayer(TorchDispatchMode):
         self._stack.enter_context(self._sites)
         if self._sites.regions:
             self._stack.enter_context(entered(self._sites.regions, self._around))
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        self._stack.enter_context(saves_through(self._sites.regions, self._pack, self._unpack))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
