@@ -494,16 +494,14 @@ def test_parameters_on_several_devices_are_named() -> None:
 
 
 def compiled_model(where: str) -> tuple[nn.Module, nn.Module]:
-    """A model of which a part is compiled, and the module whose parameters are trained."""
+    """A model that is compiled as a whole, and the module whose parameters are trained."""
     net = model()
-    if where == "part":
-        net[0] = torch.compile(net[0], backend="eager")  # type: ignore
     if where == "in place":
-        net[0].compile(backend="eager")  # type: ignore
+        net.compile(backend="eager")
     return (torch.compile(net, backend="eager") if where == "whole" else net), net  # type: ignore
 
 
-@pytest.mark.parametrize("where", ["whole", "part", "in place"])
+@pytest.mark.parametrize("where", ["whole", "in place"])
 def test_a_compiled_model_is_planned_as_opaque_and_says_so(where: str) -> None:
     (net, trained), data = compiled_model(where), batch()
     loss(net, data).backward()

@@ -23,12 +23,12 @@ from memfit.runtime.arguments import check_micro_batch_size, check_type
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
+from memfit.runtime.compiled import compiled_part, size_for_graphs
 from memfit.runtime.count import COUPLED, Counter, counter_named
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
-from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting, copy_bytes
@@ -133,6 +133,7 @@ def _fitted(
     budget_bytes = _budget_bytes(memory, place)
     rows = rows_of(job.batch)
     check_micro_batch_size(micro_batch_size, rows)
+    micro_batch_size = size_for_graphs(job.model, place, rows, micro_batch_size)
     audit = None
     if micro_batch_size is None or micro_batch_size < rows or count == COUPLED:
         largest_bytes = copy_bytes(job.model, budget_bytes)
@@ -150,6 +151,7 @@ def _fitted(
 
     profile = profiled_within(budget_bytes, profile)
     _bar_coupled(profile, splitting)
+    _bar_graphs(job.model, place, splitting)
     free_bytes = device_memory(place)[0]
     plan, profile = _planned(profile, lambda current: find(current, job.batch), profiled_within, free_bytes)
     run = Accumulation(
@@ -180,6 +182,13 @@ def _bar_coupled(profile: Profile, splitting: Splitting) -> None:
     coupled = next((name for graph in profile.graphs for name in graph.coupled), None)
     if coupled is not None:
         splitting.bar(coupled, f"{coupled} computes its statistics over the rows it sees")
+
+
+def _bar_graphs(model: nn.Module, place: torch.device, splitting: Splitting) -> None:
+    """Nor where CUDA graphs would overwrite the gradients of its first part."""
+    if size_for_graphs(model, place, 1, None) is not None:
+        name = compiled_part(model) or type(model).__name__
+        splitting.bar(name, f"{name} runs as CUDA graphs, which overwrite the gradients of the last replay")
 
 
 def _planned(

@@ -39,6 +39,7 @@ from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from memfit.core.allocator import Memory as CudaMemory
+    from memfit.core.export import Export
     from memfit.core.graph import Profile
     from memfit.core.plan import Plan
     from memfit.workload import Workload
@@ -167,6 +168,9 @@ def plan(
     micro_batch_size: MicroBatchSize = None,
     seed: Seed = 0,
     device: PlannedDevice = None,
+    export: Annotated[
+        str | None, typer.Option(help="Print it as settings of another tool: transformers or axolotl.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
@@ -184,8 +188,13 @@ def plan(
         found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
         epoch = work.rows_per_epoch(found.rows)
         lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
+        settings = None if export is None else _exported(recorded, found, export)
     if as_json:
-        print(json.dumps(json.loads(found.to_json()) | {"advice": lines}, indent=1))
+        more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
+        print(json.dumps(json.loads(found.to_json()) | more, indent=1))
+        return
+    if settings is not None:
+        print(settings)
         return
     _show(plan_table(found, target, *_cuda_memory(recorded, found)))
     print(plan_verdict(found, target))
@@ -287,6 +296,14 @@ def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:
     if recorded.alignment_bytes != MIN_BLOCK_BYTES:
         return []
     return [predict_cuda_memory(recorded, found, expandable_segments=is_on) for is_on in (False, True)]
+
+
+def _exported(recorded: Profile, found: Plan, tool: str) -> Export:
+    """A plan as another tool's settings, compared with what those are predicted to take."""
+    from memfit.core.export import equal_part, export
+    from memfit.core.strategies import strategies
+
+    return export(found, tool, strategies(recorded, micro_batch_size=equal_part(found)))
 
 
 def _card(device: str | None) -> Card | None:

@@ -26,6 +26,7 @@ from memfit.core.audit import Audit
 from memfit.core.basis import Basis
 
 FORMAT = 3
+COMPILED = "torch.compile of "  # begins the name of an op that stands for a region it hides
 
 
 class OpKey(NamedTuple):

@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 
 from memfit.core.candidate import Candidate
+from memfit.core.export import Export, export
 from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
+from memfit.core.hidden import KNOB, NOTHING_HIDDEN, Hidden, hidden, told
 from memfit.core.links import Choices
 from memfit.core.timeline import Event, Timeline, droppable, events, floors
 from memfit.errors import InfeasibleBudget
@@ -51,6 +53,7 @@ class Plan:
         levels: One for each of them where some are computed more than once; else empty.
         is_two_pass: Every forward runs twice, for the loss couples the rows: first all outputs, then their
             gradients. ``recompute_s`` counts neither.
+        hidden: What torch.compile hides, which is kept whatever the plan.
     """
 
     rows: int
@@ -67,6 +70,7 @@ class Plan:
     recomputed_bytes: int = 0
     levels: tuple[Level, ...] = ()
     is_two_pass: bool = False
+    hidden: Hidden = NOTHING_HIDDEN
 
     @property
     def optimality_gap(self) -> float:
@@ -107,7 +111,20 @@ class Plan:
             )
         else:
             lines.append("recomputes nothing")
+        if self.hidden.modules:
+            lines += [f"torch.compile hides {told(self.hidden)}", KNOB]
         return "\n".join(lines)
+
+    def to(self, tool: str) -> Export:
+        """The nearest settings of another tool, and what they cannot say.
+
+        Args:
+            tool: ``"transformers"`` (arguments of ``TrainingArguments``) or ``"axolotl"`` (keys of its YAML).
+
+        Raises:
+            ValueError: The tool is none of these.
+        """
+        return export(self, tool)
 
     def to_json(self) -> str:
         """A JSON text that :meth:`from_json` reads back to an equal value."""
@@ -121,11 +138,13 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
-        data.pop("advice", None)  # which `memfit plan --json` says besides
+        data = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))
-            return Plan(recompute=keys, levels=levels, **data)
+            modules, *sizes = data.pop("hidden", NOTHING_HIDDEN)
+            hides = Hidden(tuple(modules), *sizes)
+            return Plan(recompute=keys, levels=levels, hidden=hides, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a memfit plan: {error}") from None
 
@@ -313,6 +332,7 @@ def _plan(candidate: Candidate, dropped: Mapping[int, Level], budget_bytes: int,
         recomputed_bytes=sum(graph.size_bytes(value) for value in dropped),
         levels=tuple(level for _, level in named) if in_levels else (),
         is_two_pass=graph.held_bytes > 0,
+        hidden=hidden(graph, simulated),
     )
 
 

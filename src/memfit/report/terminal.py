@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from memfit.core.hidden import KNOB, told
 from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         *(twice if plan.is_two_pass else []),
         ("recomputed", _recomputed(plan)),
+        *([("compiled", told(plan.hidden)), ("", KNOB)] if plan.hidden.modules else []),
         ("predicted step", format_seconds(plan.predicted_step_s)),
         ("certified gap", f"at most {plan.optimality_gap:.2%} of a step from the best plan of this kind"),
     ]

@@ -15,6 +15,8 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils.hooks import RemovableHandle
 
+from memfit.runtime.compiled import compiled_regions, modules_inside
+
 D = TypeVar("D")
 
 
@@ -28,7 +30,7 @@ class Frame(Generic[D]):
         self.decisions = decisions
         self.counts: dict[Any, int] = {}
 
-    def occurrence(self, func: OpOverload) -> int:
+    def occurrence(self, func: OpOverload | str) -> int:
         """Counts a call and returns how many came before it in this frame."""
         nth = self.counts.get(func, 0)
         self.counts[func] = nth + 1
@@ -38,7 +40,8 @@ class Frame(Generic[D]):
 class CallSites(Generic[D]):
     """Context manager that keeps ``current`` at the innermost module call of a forward.
 
-    It hooks every module of the model on entry and unhooks it on exit, also when the body raises.
+    It hooks every module of the model on entry and unhooks it on exit, also when the body raises. Modules
+    inside a region that torch.compile hides are left alone: a hook would be traced into its graph.
     """
 
     def __init__(self, model: nn.Module, decisions: Mapping[str, D]) -> None:
@@ -48,9 +51,13 @@ class CallSites(Generic[D]):
         self._calls: dict[str, int] = {}
         self.current: Frame[D] = Frame("", decisions.get(""))
         self._stack: list[Frame[D]] = []
+        self.regions = compiled_regions(model)
 
     def __enter__(self) -> CallSites[D]:
+        hidden = modules_inside(self.regions)
         for name, module in self._model.named_modules():
+            if id(module) in hidden:
+                continue
             self._handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return self

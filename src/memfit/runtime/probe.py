@@ -24,10 +24,14 @@ from memfit.runtime.opinfo import map_tensors, tensors_in
 
 
 class OpCost(NamedTuple):
-    """Seconds of an op and the highest bytes alive inside it above those at its start (None: unseen)."""
+    """Seconds of an op, the highest bytes alive inside it above those at its start, and those at its end.
+
+    None: unseen.
+    """
 
     seconds: float
     peak_bytes: int | None
+    net_bytes: int | None = None
 
 
 class Probe(Protocol):
@@ -41,6 +45,12 @@ class Probe(Protocol):
 
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op."""
+
+    def begin(self) -> None:
+        """What runs from here to :meth:`end` counts as one op."""
+
+    def end(self) -> None:
+        """The end of it."""
 
     def costs(self) -> list[OpCost]:
         """One entry a call; valid after exit."""
@@ -70,6 +80,13 @@ class RooflineProbe:
         is_float32 = next((t.dtype == torch.float32 for t in tensors_in(out)), False)
         self._costs.append(OpCost(self._device.seconds(flops, moved, is_float32=is_float32), None))
         return out
+
+    def begin(self) -> None:
+        """Nothing that hides its ops runs on fakes."""
+
+    def end(self) -> None:
+        """It costs nothing."""
+        self._costs.append(OpCost(0.0, None))
 
     def costs(self) -> list[OpCost]:
         """The estimates so far."""
@@ -146,7 +163,9 @@ class CpuProbe:
     def __init__(self) -> None:
         self._seconds: list[float] = []
         self._profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
-        self._peaks: list[int] = []
+        self._sums: list[tuple[int, int]] = []
+        self._open: Any = None
+        self._start_s = 0.0
 
     def __enter__(self) -> CpuProbe:
         with quiet_kineto():
@@ -159,7 +178,18 @@ class CpuProbe:
         profiler, self._profiler = self._profiler, None  # its trace is large, and read once
         profiler.__exit__(kind, error, trace)
         if error is None:
-            self._peaks = self._read_peaks(profiler.kineto_results.experimental_event_tree())
+            self._sums = self._read_sums(profiler.kineto_results.experimental_event_tree())
+
+    def begin(self) -> None:
+        """Opens a named range of the profile."""
+        self._open = torch._C._profiler._RecordFunctionFast(f"{self._RANGE}.{len(self._seconds)}")
+        self._open.__enter__()
+        self._start_s = time.perf_counter()
+
+    def end(self) -> None:
+        """Closes it."""
+        self._seconds.append(time.perf_counter() - self._start_s)
+        self._open.__exit__(None, None, None)
 
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one op inside a named range of the profile."""
@@ -170,20 +200,20 @@ class CpuProbe:
         return out
 
     def costs(self) -> list[OpCost]:
-        """Seconds and inner peak of each call."""
-        return [OpCost(s, p) for s, p in zip(self._seconds, self._peaks, strict=True)]
+        """Seconds and inner sums of each call."""
+        return [OpCost(s, *sums) for s, sums in zip(self._seconds, self._sums, strict=True)]
 
-    def _read_peaks(self, events: list[Any]) -> list[int]:
-        """The highest running sum of allocations within each named range."""
-        peaks = [0] * len(self._seconds)
+    def _read_sums(self, events: list[Any]) -> list[tuple[int, int]]:
+        """The highest and the last running sum of allocations within each named range."""
+        sums = [(0, 0)] * len(self._seconds)
         pending = list(events)
         while pending:
             event = pending.pop()
             if event.name.startswith(self._RANGE):
-                peaks[int(event.name.rsplit(".", 1)[1])] = _highest_sum(event)
+                sums[int(event.name.rsplit(".", 1)[1])] = _running_sum(event)
             else:
                 pending.extend(event.children)
-        return peaks
+        return sums
 
 
 class CudaProbe:
@@ -192,7 +222,8 @@ class CudaProbe:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._peaks: list[int] = []
+        self._sums: list[tuple[int, int]] = []
+        self._before_bytes = 0
 
     def __enter__(self) -> CudaProbe:
         torch.cuda.synchronize(self._device)
@@ -203,23 +234,32 @@ class CudaProbe:
     ) -> None:
         torch.cuda.synchronize(self._device)
 
-    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs one op between two events."""
+    def begin(self) -> None:
+        """Records an event, and begins a new peak."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before_bytes = torch.cuda.memory_allocated(self._device)
+        self._before_bytes = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         start.record()
-        out = func(*args, **kwargs)
-        end.record()
         self._marks.append((start, end))
-        self._peaks.append(torch.cuda.max_memory_allocated(self._device) - before_bytes)
+
+    def end(self) -> None:
+        """Records another one, and reads the peak."""
+        self._marks[-1][1].record()
+        peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+        self._sums.append((peak_bytes, torch.cuda.memory_allocated(self._device) - self._before_bytes))
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one op between two events."""
+        self.begin()
+        out = func(*args, **kwargs)
+        self.end()
         return out
 
     def costs(self) -> list[OpCost]:
-        """Seconds and inner peak of each call."""
+        """Seconds and inner sums of each call."""
         return [
-            OpCost(start.elapsed_time(end) / 1e3, peak)
-            for (start, end), peak in zip(self._marks, self._peaks, strict=True)
+            OpCost(start.elapsed_time(end) / 1e3, *sums)
+            for (start, end), sums in zip(self._marks, self._sums, strict=True)
         ]
 
 
@@ -228,8 +268,8 @@ def probe_for(device: torch.device) -> Callable[[], Probe]:
     return CpuProbe if device.type == "cpu" else lambda: CudaProbe(device)
 
 
-def _highest_sum(event: Any) -> int:
-    """The highest running sum of the allocation events under a profiler event."""
+def _running_sum(event: Any) -> tuple[int, int]:
+    """The highest and the last running sum of the allocation events under a profiler event."""
     found: list[tuple[int, int]] = []
     pending = [event]
     while pending:
@@ -241,4 +281,4 @@ def _highest_sum(event: Any) -> int:
     for _, size in sorted(found, key=lambda pair: pair[0]):
         running += size
         highest = max(highest, running)
-    return highest
+    return highest, running

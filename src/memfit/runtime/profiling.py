@@ -34,14 +34,22 @@ from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_micro_batch_size
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import detached, rows_of, tensors_of
+from memfit.runtime.compiled import (
+    HiddenWrite,
+    compiled_part,
+    compiled_regions,
+    hidden_function,
+    replays_graphs,
+    size_for_graphs,
+)
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, temporaries_at
 from memfit.runtime.meter import resident_sizes
-from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
+from memfit.runtime.micro import Loss, LossFn, OutputsFn, OutputsLoss, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
-from memfit.runtime.opaque import compiled_part, record_opaque
+from memfit.runtime.opaque import record_opaque
 from memfit.runtime.preserve import (
     contents_of,
     no_gradients,
@@ -108,19 +116,47 @@ def profile_job(
     """The same of a job."""
     place = check_model(job.model)
     card = device_named(device) if isinstance(device, str) else device
-    rows = rows_of(job.batch)
     job = job._replace(batch=detached(job.batch))
-    counts = _counts(rows, micro_batch_size)
+    rows = rows_of(job.batch)
+    counts = _counts(rows, size_for_graphs(job.model, place, rows, micro_batch_size))
     real = not any(is_fake(p) for p in job.model.parameters())
-    compiled = compiled_part(job.model)
-    check_batch_norm(job.model, job.batch_norm, compiled)
-    if compiled is not None:
-        return _opaque(job, place, counts, compiled, limit_bytes)
+    check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
+    whole = _hidden_whole(job, real=real)
+    if whole is not None:
+        return _opaque(job, place, counts, whole, limit_bytes)
+    try:
+        return _profiled(job, place, counts, card, limit_bytes)
+    except HiddenWrite as error:
+        return _opaque(job, place, counts, error.owner, limit_bytes)
+
+
+def _hidden_whole(job: Job, *, real: bool) -> str | None:
+    """What hides so much that only the micro-batch can be chosen, if anything does; see Note [Opaque]."""
+    regions = compiled_regions(job.model)
+    part = compiled_part(job.model)
+    if part is not None and (not real or not regions[0].name or job.is_two_pass):
+        return part
+    graphs = replays_graphs(regions) if next(job.model.parameters()).device.type == "cuda" else None
+    return graphs or hidden_function(job.model, _functions_of(job.loss_fn))
+
+
+def _functions_of(loss_fn: LossFn) -> list[object]:
+    """The user's own functions in a loss."""
+    if isinstance(loss_fn, OutputsLoss):
+        return [loss_fn.outputs_fn, loss_fn.of_outputs]
+    return [loss_fn]
+
+
+def _profiled(
+    job: Job, place: torch.device, counts: tuple[int, ...], card: Device | None, limit_bytes: int | None
+) -> Profile:
+    """The profile of a model whose ops can be seen, but for compiled modules among them."""
+    real = not any(is_fake(p) for p in job.model.parameters())
     graphs, residents, update, points, loss_of_all = _recorded(job, place, counts, card, limit_bytes)
     alignment_bytes = _alignment_bytes(place, None if real else card)
     is_asynchronous = place.type == "cuda" or not real
     return Profile(
-        rows=rows,
+        rows=rows_of(job.batch),
         graphs=tuple(with_overhead(g, REPLAY_OVERHEAD_S, is_asynchronous=is_asynchronous) for g in graphs),
         residents=_in_blocks(residents, update, alignment_bytes),
         first_update=update.first.graph,
@@ -259,7 +295,8 @@ def _opaque(
         )
     warnings.warn(
         f"{part} is compiled by torch.compile, which hides its ops: memfit chooses the micro-batch and "
-        "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor",
+        "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor, or compile its "
+        "blocks, each by itself, to plan what is outside of them",
         stacklevel=4,
     )
     with _unseen(job.model):
@@ -267,7 +304,7 @@ def _opaque(
         free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
         with contents_of(job.model):
             counts = (1,) if job.is_two_pass else counts
-            graphs = record_opaque(job, place, counts, free_bytes=free_bytes)
+            graphs = record_opaque(job, place, counts, part, free_bytes=free_bytes)
     return Profile(
         rows=rows_of(job.batch),
         graphs=tuple(graphs),

@@ -16,7 +16,10 @@ Note [Recording]
  7. A tensor that is used or saved and comes out of nowhere (``torch.tensor``) gets an op of its own. If it
     outlives the step it was there before, or is cached, and counts nothing. A number in place of a tensor
     is a tensor of 8 bytes that only autograd sees; it may save it, to the end of the backward.
- 8. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+ 8. A region that torch.compile hides is one op, which is never replayed (``runtime/compiled.py``). It makes
+    its outputs, what autograd saves of its own, and what the allocator says it has kept besides. Its backward
+    is one op too where it is one node; the saves it unpacks are there before it.
+ 9. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
+from memfit.core.graph import COMPILED, LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
+from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
 from memfit.runtime.opinfo import (
     OpInfo,
     declared_writes,
@@ -91,6 +97,16 @@ class _Saved:
         self.log.append(LogEntry(LogKind.RELEASE, self.index))
 
 
+class _Region:
+    """What a hidden region has saved so far: storages of its own, and others' values."""
+
+    __slots__ = ("made", "saved")
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.saved: list[tuple[_Saved, int]] = []
+
+
 class Recorder(TorchDispatchMode):
     """The dispatch mode that writes the log. See Note [Recording]."""
 
@@ -100,6 +116,7 @@ class Recorder(TorchDispatchMode):
         self._probe = probe
         self._hold_saved = hold_saved
         self._paused = False
+        self._start = 0
         self.is_forward = True
         self.owner = ""
         self.ops: list[Op] = []
@@ -118,6 +135,9 @@ class Recorder(TorchDispatchMode):
         self.owning_sums: set[int] = set()
         self.blank_ops: list[int] = []
         self.overwriting_ops: set[int] = set()
+        self.hidden: dict[int, int] = {}
+        self.region_saves: list[int] = []
+        self._region: _Region | None = None
         self._alive: dict[int, int] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._current: dict[int, int] = {}
@@ -302,11 +322,116 @@ class Recorder(TorchDispatchMode):
         """Watches no storage any longer; so the recorder is in no reference cycle, which would outlive it."""
         self._watchers.clear()
 
+    # ---- regions that torch.compile hides --------------------------------------------------------
+
+    def around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call of a region, noted as one op. See Note 8."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            tensors = arguments_of(args, kwargs)
+            for tensor in tensors:
+                if _address(tensor) not in self._alive:
+                    self._appear(tensor)
+            frame = self._sites.current
+            name = f"{COMPILED}{region.name}"
+            key, self._region = OpKey(frame.name, name, frame.occurrence(name)), _Region()
+            inputs = self._inputs((tensors,), {})
+            start = len(self.log)
+            try:
+                with unwritten(region, tensors), stepped_aside(self):
+                    self._probe.begin()
+                    out = call(*args, **kwargs)
+                    self._probe.end()
+            finally:
+                here, self._region = self._region, None
+            self._note_region(key, inputs, here, arguments_of((out,), {}), start)
+            self._copy_saves(here)
+            self._watch_backward(region, out, tensors)
+            if any(isinstance(m, _BatchNorm) and m.training for m in region.module.modules()):
+                self.coupled.append(str(key))
+            return out
+
+        return called
+
+    def _note_region(
+        self, key: OpKey, inputs: tuple[int, ...], here: _Region, out: list[Tensor], start: int
+    ) -> None:
+        """Appends the op of a region: what it saved of its own is there until autograd lets go of it."""
+        op = len(self.ops)
+        self.log.insert(start, LogEntry(LogKind.OP, op))
+        outputs: list[int] = []
+        allocates = list(here.made)
+        for number, tensor in enumerate(out):
+            if _address(tensor) not in self._alive and _has_storage(tensor):
+                allocates.append(self._watch(tensor))
+            storage = self._alive.get(_address(tensor), _EXTERNAL)
+            if storage in allocates and storage not in self._current:
+                outputs.append(self._new_value(storage, op, number))
+        self.region_saves += here.made
+        self.storages.append(Storage(0))  # what it has kept besides, see _with_hidden
+        self.hidden[op] = len(self.storages) - 1
+        self.ops.append(
+            Op(key, inputs=inputs, outputs=tuple(outputs), allocates=(*allocates, self.hidden[op]))
+        )
+        self.signatures.append((key.op, *_shapes(out)))
+
+    def _copy_saves(self, here: _Region) -> None:
+        """Copies what a region saved of others'; in the region itself that would count as its own memory."""
+        for saved, value in here.saved:
+            if not self._hold_saved:
+                saved.whole = self._copy(saved.tensor, value)
+                saved.tensor = _view_of(saved.whole, saved.tensor)
+        here.saved.clear()
+
+    def _watch_backward(self, region: Region, out: Any, given: list[Tensor]) -> None:
+        """Makes one op of each node behind a region's outputs that is a compiled backward."""
+        stops = {tensor.grad_fn for tensor in given}
+        pending = [tensor.grad_fn for tensor in arguments_of((out,), {})]
+        while pending:
+            node = pending.pop()
+            if node is None or node in stops:
+                continue
+            stops.add(node)
+            pending += [following for following, _ in node.next_functions]
+            if "CompiledFunction" in node.name() and _SEEN not in (known := _metadata(node)):
+                known[_SEEN] = True
+                node.register_prehook(self._begin_backward)
+                node.register_hook(partial(self._end_backward, region.name))
+
+    def _begin_backward(self, _: Any) -> None:
+        """A compiled backward is about to run."""
+        self._paused = True
+        self._start = len(self.log)
+        self._probe.begin()
+
+    def _end_backward(self, name: str, gradients: Any, _: Any) -> None:
+        """It has run: first its saves were unpacked, then it allocated, and some was freed meanwhile."""
+        self._probe.end()
+        self._paused = False
+        op = len(self.ops)
+        allocates = [
+            self._watch(tensor)
+            for tensor in tensors_in(gradients)
+            if _has_storage(tensor) and _address(tensor) not in self._alive
+        ]
+        said = f"{COMPILED}{name} backward"
+        nth = self.backward_counts.get(("", said), 0)
+        self.backward_counts["", said] = nth + 1
+        self.ops.append(Op(OpKey("", said, nth), allocates=tuple(allocates)))
+        self.signatures.append((said, *_shapes(tensors_in(gradients))))
+        meanwhile = self.log[self._start :]
+        unpacked = [entry for entry in meanwhile if entry.kind == LogKind.UNPACK]
+        others = [entry for entry in meanwhile if entry.kind != LogKind.UNPACK]
+        self.log[self._start :] = [*unpacked, LogEntry(LogKind.OP, op), *others]
+
     # ---- saves -----------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Any:
         """Notes a save and hands autograd a copy of it."""
         if _address(tensor) not in self._alive:
+            if self._region is not None and _has_storage(tensor):
+                self._region.made.append(self._watch(tensor))
+                return tensor
             self._appear(tensor)
         storage = self._alive.get(_address(tensor), -1)
         if storage not in self._current or self._paused:
@@ -315,6 +440,10 @@ class Recorder(TorchDispatchMode):
         self.saves.append(Save(self._current[storage]))
         self.save_frames.append(self._sites.current.name)
         self.log.append(LogEntry(LogKind.PACK, index))
+        if self._region is not None:
+            held = tensor.detach()
+            self._region.saved.append((_Saved(held, held, index, self.log), self._current[storage]))
+            return self._region.saved[-1][0]
         if self._hold_saved:
             held = tensor.detach()  # with its graph, an output would hold the node that is to hold it
             return _Saved(held, held, index, self.log)
@@ -375,7 +504,11 @@ def record(
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
         recorder.adopt_external(externals)
         with probe:
-            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
+            with (
+                entered(sites.regions, recorder.around),
+                saves_through(sites.regions, recorder.pack, recorder.unpack),
+                recorder,
+            ):
                 loss = forward()
             _refuse_writes(model, recorder.changed)
             forward_ops = len(recorder.ops)
@@ -446,6 +579,7 @@ def _finish(
     recorder.log += [
         LogEntry(LogKind.FREE, recorder.ops[op].allocates[-1]) for op in recorder.numbers if op < forward_ops
     ]
+    _note_hidden(recorder, costs)
     kept = _must_be_kept(recorder)
     ops = [
         replace(op, seconds=cost.seconds, is_replayable=op.is_replayable and index not in kept)
@@ -453,7 +587,7 @@ def _finish(
     ]
     freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
     storages = [replace(s, persists=i not in freed) for i, s in enumerate(recorder.storages)]
-    for index in recorder.appeared.values():
+    for index in [*recorder.appeared.values(), *recorder.region_saves]:
         if storages[index].persists and not keeps_appeared:
             storages[index] = Storage(0)
     graph = StepGraph(
@@ -472,6 +606,15 @@ def _finish(
         tuple(recorder.signatures),
         tuple(c.peak_bytes for c in costs),
     )
+
+
+def _note_hidden(recorder: Recorder, costs: list[OpCost]) -> None:
+    """What a region has kept that no hook saw counts to the end of the step. See Note [Recording] 8."""
+    for op, storage in recorder.hidden.items():
+        known_bytes = sum(recorder.storages[index].size_bytes for index in recorder.ops[op].allocates)
+        kept_bytes = costs[op].net_bytes or 0
+        recorder.storages[storage] = Storage(max(0, kept_bytes - known_bytes))
+        recorder.log.append(LogEntry(LogKind.FREE, storage))
 
 
 def _with_numbers(cost: OpCost, size_bytes: int) -> OpCost:
@@ -537,6 +680,7 @@ def _freed_right_after(graph: StepGraph, position: int, allocates: tuple[int, ..
 
 
 _NOTHING = LogEntry(-1, -1)
+_SEEN = "memfit"
 _EXTERNAL = -1
 
 
@@ -555,6 +699,12 @@ def _no_collection() -> Iterator[None]:
 def _has_storage(tensor: Tensor) -> bool:
     """Whether a tensor has bytes of its own that can be watched."""
     return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _metadata(node: Any) -> dict[str, Any]:
+    """What can be noted at a node of autograd's graph; its stub takes the property for a method."""
+    found: dict[str, Any] = node.metadata
+    return found
 
 
 def _address(tensor: Tensor) -> int:

@@ -23,6 +23,8 @@ Note [Replay]
     and its record stays, to run once more when its own segment is due. That is checkpointing in levels.
  9. Blank memory (``empty``, ``zeros``) may be written invisibly, so it is held as soon as anything but a
     complete overwrite looks at it.
+10. A region that torch.compile hides runs without the mode, as in a plain step (``runtime/compiled.py``).
+    What it has made is kept; what it saves of others' is packed like any other save.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain, repeat
 from types import TracebackType
@@ -44,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memfit.core.graph import Level, ValueKey
 from memfit.runtime.callsite import CallSites
+from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
 from memfit.runtime.opinfo import (
     OpInfo,
     all_writes,
@@ -225,7 +228,9 @@ class Replayer(TorchDispatchMode):
 
     def __enter__(self) -> Replayer:
         self._stack.enter_context(self._sites)
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        if self._sites.regions:
+            self._stack.enter_context(entered(self._sites.regions, self._around))
+        self._stack.enter_context(saves_through(self._sites.regions, self._pack, self._unpack))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -238,6 +243,15 @@ class Replayer(TorchDispatchMode):
         self._held.clear()
 
     # ---- forward ------------------------------------------------------------------------------------
+
+    def _around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call of a region that torch.compile hides. See Note 10."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with unwritten(region, arguments_of(args, kwargs)), stepped_aside(self):
+                return call(*args, **kwargs)
+
+        return called
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

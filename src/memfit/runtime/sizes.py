@@ -17,10 +17,12 @@ from memfit.core.graph import Residents
 from memfit.errors import MemfitError, UnsupportedModel
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.card import CardKernels
+from memfit.runtime.compiled import compiled_regions
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.normalisation import normalised, pooled_tensors
+from memfit.runtime.opaque import run_plainly
 from memfit.runtime.precision import float32_sums
 from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import Probe, RooflineProbe, probe_for
@@ -46,6 +48,10 @@ class Sizes(NamedTuple):
 
 def record_sizes(job: Job, rows: int, counts: tuple[int, ...], card: Device | None) -> Sizes:
     """Every size on fake tensors, or really at few rows where fakes do not do."""
+    if compiled_regions(job.model):  # their kernels are made for real tensors
+        with contents_of(job.model):
+            run_plainly(job, sorted({max(1, min(_FEW_ROWS, rows) // 2), min(_FEW_ROWS, rows)}))
+            return record_really(job, rows, counts)
     try:
         with _quiet_fakes():
             return _record_fakes(job, rows, counts, card)
