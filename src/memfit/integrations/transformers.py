@@ -171,7 +171,7 @@ class _Make(NamedTuple):
         )
 
 
-class _Fitted(Trainer):  # type: ignore[misc]  # transformers is not annotated
+class _Fitted(Trainer):
     """Stands before a trainer's own class. See Note [Trainer]."""
 
     _memfit: Fit
@@ -212,14 +212,14 @@ class _Fitted(Trainer):  # type: ignore[misc]  # transformers is not annotated
         )
 
 
-class _Events(CallbackHandler):  # type: ignore[misc]  # transformers is not annotated
+class _Events(CallbackHandler):
     """Stands before the class of a callback handler: callbacks see the arguments as the user wrote them."""
 
     _memfit: Fit
 
     def call_event(self, event: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
         with self._memfit.as_written(args):
-            return super().call_event(event, args, *rest, **kwargs)
+            return super().call_event(event, args, *rest, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def fit(
@@ -248,7 +248,7 @@ def fit(
         micro_batch_size, count, batch_norm, profile: As in :func:`memfit.fit`.
 
     Raises:
-        UnsupportedModel: The trainer or one of its arguments cannot be combined with memfit; says what to set.
+        UnsupportedModel: The trainer, or one of its arguments, does not go with memfit; says what to set.
         InfeasibleBudget: No plan fits; says the smallest memory that works.
         ValueError: There is no batch to plan for.
         TypeError: ``trainer`` is no ``transformers.Trainer``.
@@ -256,10 +256,10 @@ def fit(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer is a {type(trainer).__name__}: give a transformers.Trainer")
-    for owner, reason in _refusals(trainer):
-        raise UnsupportedModel(f"{owner}: {reason}", owner=owner)
+    for refusal in _refusals(trainer):
+        raise UnsupportedModel(f"{refusal.owner}: {refusal.reason}", owner=refusal.owner)
     options = {"micro_batch_size": micro_batch_size, "count": count, "batch_norm": batch_norm}
-    make, before = _Make(trainer.model, memory, options), trainer.optimizer
+    make, before = _Make(_model(trainer), memory, options), trainer.optimizer
     try:
         with _as_in_training(trainer):
             trainer.create_optimizer()
@@ -275,7 +275,8 @@ def fit(
 def _install(trainer: Trainer, fitted: Fit) -> None:
     """Puts the step in the trainer's way. See Note [Trainer] 5."""
     handler = trainer.callback_handler
-    for owner, before in ((trainer, _Fitted), (handler, _Events)):
+    owners: tuple[tuple[Any, type], ...] = ((trainer, _Fitted), (handler, _Events))
+    for owner, before in owners:
         kind = type(owner)
         if not isinstance(owner, before):
             names = {
@@ -299,7 +300,8 @@ def _loss_of(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
         trainer.args.label_smoothing_factor,
         trainer.model_accepts_loss_kwargs,
     )
-    return functools.partial(_loss, _Hidden(trainer), _kind(trainer).compute_loss, facts)
+    compute_loss: Callable[..., Any] = _kind(trainer).compute_loss
+    return functools.partial(_loss, _Hidden(trainer), compute_loss, facts)
 
 
 class _Hidden:
@@ -318,13 +320,14 @@ class _Hidden:
 
 
 def _loss(
-    hidden: _Hidden, compute_loss: Callable[..., Tensor], facts: object, model: nn.Module, batch: Any
+    hidden: _Hidden, compute_loss: Callable[..., Any], facts: object, model: nn.Module, batch: Any
 ) -> Tensor:
     """The loss of a batch or of a part of it. See Note [Trainer] 3."""
     trainer = hidden()
     items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     # compute_loss takes labels out of what it is given
-    return compute_loss(trainer, model, copy.copy(batch), num_items_in_batch=items)
+    loss: Tensor = compute_loss(trainer, model, copy.copy(batch), num_items_in_batch=items)
+    return loss
 
 
 def _first_batch(trainer: Trainer) -> Any:
@@ -351,22 +354,31 @@ def _first_batch(trainer: Trainer) -> Any:
 @contextmanager
 def _as_in_training(trainer: Trainer) -> Iterator[None]:
     """The model is as ``train()`` will have it, for a while. See Note [Trainer] 6."""
-    model, accelerator = trainer.model, trainer.accelerator
+    model, accelerator = _model(trainer), trainer.accelerator
     with ExitStack() as undo:
         undo.enter_context(_random_state_kept())
         kept = ("_models", "_dataloaders")
         undo.enter_context(_set(accelerator, {name: [*getattr(accelerator, name)] for name in kept}))
-        modes = [(module, module.training) for module in model.modules()]
-        undo.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        for module in model.modules():
+            undo.enter_context(_set(module, {"training": module.training}))
         model.train()
         if trainer.neftune_noise_alpha is not None:
-            handle = activate_neftune(model, trainer.neftune_noise_alpha, accelerator)
-            undo.callback(deactivate_neftune, model, handle, accelerator)
+            undo.enter_context(_noise(trainer))
         undo.enter_context(_entries_kept(model, "forward", "_original_forward", "_is_accelerate_prepared"))
         accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        model._is_accelerate_prepared = True
+        vars(model)["_is_accelerate_prepared"] = True
         undo.enter_context(trainer.compute_loss_context_manager())
         yield
+
+
+@contextmanager
+def _noise(trainer: Trainer) -> Iterator[None]:
+    """NEFTune's hook on the embeddings."""
+    handle = activate_neftune(trainer.model, trainer.neftune_noise_alpha, trainer.accelerator)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        deactivate_neftune(trainer.model, handle, trainer.accelerator)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -415,106 +427,96 @@ def _batch_arguments(rows: int) -> dict[str, int]:
 def _raw(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer within accelerate's."""
     is_wrapped = hasattr(optimizer, "accelerator_state") and hasattr(optimizer, "optimizer")
-    return optimizer.optimizer if is_wrapped else optimizer
+    raw: torch.optim.Optimizer = optimizer.optimizer if is_wrapped else optimizer
+    return raw
+
+
+def _model(trainer: Trainer) -> nn.Module:
+    """The model."""
+    assert trainer.model is not None  # the Trainer has made sure
+    return trainer.model
 
 
 # ---- what is refused --------------------------------------------------------------------------------
 
 
-def _refusals(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """Yields what of a trainer cannot be combined with memfit, and what to do."""
+class _Refusal(NamedTuple):
+    """What of a trainer cannot be combined with memfit, why, and what to do."""
+
+    owner: str
+    reason: str
+
+
+def _refusals(trainer: Trainer) -> Iterator[_Refusal]:
+    """Yields everything that stands against fitting a trainer."""
     yield from _of_processes(trainer)
     yield from _of_arguments(trainer.args)
     yield from _of_kind(trainer)
     yield from _of_model(trainer)
 
 
-def _of_processes(trainer: Trainer) -> Iterator[tuple[str, str]]:
+def _of_processes(trainer: Trainer) -> Iterator[_Refusal]:
     """More than one process, or more than one device in it."""
     engine = str(trainer.accelerator.distributed_type).rpartition(".")[2]
     if trainer.is_deepspeed_enabled:
-        yield "deepspeed", "its engine owns the backward: leave deepspeed= out, and run one process"
+        yield _Refusal("deepspeed", "its engine owns the backward: leave deepspeed= out, run one process")
     if trainer.is_fsdp_enabled:
-        yield "fsdp", "leave fsdp= out, and run one process"
+        yield _Refusal("fsdp", "memfit runs one process here for now: leave fsdp= out")
     if trainer.args.world_size > 1 or engine != "NO":
-        yield (
+        yield _Refusal(
             "world_size",
-            (
-                f"{trainer.args.world_size} processes ({engine}): memfit plans one for now. Start one, with "
-                "gradient_accumulation_steps as many times larger for the same effective batch"
-            ),
+            f"{trainer.args.world_size} processes ({engine}), and memfit runs one here for now: start one, "
+            "with gradient_accumulation_steps as many times larger for the same effective batch",
         )
     if trainer.args.n_gpu > 1:
-        yield "n_gpu", f"{trainer.args.n_gpu} devices in one process: let CUDA_VISIBLE_DEVICES name one"
+        yield _Refusal(
+            "n_gpu", f"{trainer.args.n_gpu} devices in a process: name one in CUDA_VISIBLE_DEVICES"
+        )
 
 
-def _of_arguments(args: Any) -> Iterator[tuple[str, str]]:
+def _of_arguments(args: Any) -> Iterator[_Refusal]:
     """Arguments that do what memfit does, or what it cannot see."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if getattr(args, name, False):
-            yield name, f"memfit chooses what to recompute: set {name}=False"
+            yield _Refusal(name, f"memfit chooses what to recompute: set {name}=False")
     if args.auto_find_batch_size:
-        yield (
-            "auto_find_batch_size",
-            (
-                "it would change the effective batch, and memfit finds the micro-batch: set "
-                "auto_find_batch_size=False"
-            ),
-        )
+        cure = "memfit finds the micro-batch: set auto_find_batch_size=False"
+        yield _Refusal("auto_find_batch_size", f"it would change the effective batch, and {cure}")
     if args.torch_compile:
-        yield (
-            "torch_compile",
-            (
-                "memfit cannot look into a compiled model, and would only choose its micro-batch: set "
-                "torch_compile=False"
-            ),
-        )
+        cure = "and would choose its micro-batch only: set torch_compile=False"
+        yield _Refusal("torch_compile", f"memfit cannot look into a compiled model, {cure}")
     if getattr(args, "use_liger_kernel", False):
-        yield (
-            "use_liger_kernel",
-            (
-                "train() would change the model after it has been planned: set use_liger_kernel=False, and apply "
-                "Liger's kernels to the model before the trainer is made"
-            ),
-        )
+        cure = "set use_liger_kernel=False, and apply Liger's kernels before the trainer is made"
+        yield _Refusal("use_liger_kernel", f"train() would change the model after it was planned: {cure}")
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim.endswith("layerwise") or optim.endswith("lomo"):
-        yield (
+    if optim.endswith(("layerwise", "lomo")):
+        cure = optim.removesuffix("_layerwise") if optim.endswith("layerwise") else "adafactor"
+        yield _Refusal(
             "optim",
-            (
-                f"{optim!r} steps each parameter within the backward, before the batch is complete: choose "
-                f"{optim.removesuffix('_layerwise') if optim.endswith('layerwise') else 'adafactor'!r}, say"
-            ),
+            f"{optim!r} steps each parameter within the backward, before the batch is complete: "
+            f"optim={cure!r} does not",
         )
 
 
-def _of_kind(trainer: Trainer) -> Iterator[tuple[str, str]]:
+def _of_kind(trainer: Trainer) -> Iterator[_Refusal]:
     """Trainers with a loop or batches of their own."""
     kind = _kind(trainer)
     names = {base.__name__ for base in kind.__mro__}
     if names & _SAMPLES_ITSELF or any(hasattr(trainer, name) for name in _SAMPLING):
-        yield (
-            kind.__name__,
-            (
-                "it generates its batches and splits them itself: train without memfit, and set "
-                "per_device_train_batch_size and gradient_accumulation_steps by hand"
-            ),
-        )
+        cure = "set per_device_train_batch_size and gradient_accumulation_steps by hand, without memfit"
+        yield _Refusal(kind.__name__, f"it makes its batches itself, and splits them: {cure}")
     for loss in _losses(trainer):
         if type(loss).__name__.startswith("Cached"):
-            yield (
-                type(loss).__name__,
-                (
-                    "it splits the batch itself: use the loss without 'Cached' (memfit keeps the batch whole and "
-                    "recomputes), or train without memfit and set its mini_batch_size"
-                ),
-            )
+            cure = "give the loss without 'Cached' (memfit recomputes), or train without memfit"
+            yield _Refusal(type(loss).__name__, f"it splits the batch itself: {cure}")
     for name in _OWN_LOOP:
         if getattr(kind, name, None) is not getattr(Trainer, name, None):
-            yield f"{kind.__name__}.{name}", "memfit relies on the Trainer's own: train without memfit"
+            yield _Refusal(f"{kind.__name__}.{name}", "memfit needs the Trainer's own: train without memfit")
     for name in _REPLACED:
         if name in vars(trainer):
-            yield f"trainer.{name}", "it was replaced on this one trainer: override it in a subclass instead"
+            yield _Refusal(
+                f"trainer.{name}", "it was replaced on this one trainer: override it in a subclass"
+            )
 
 
 def _losses(trainer: Trainer) -> list[nn.Module]:
@@ -524,23 +526,13 @@ def _losses(trainer: Trainer) -> list[nn.Module]:
     return [module for one in held if isinstance(one, nn.Module) for module in one.modules()]
 
 
-def _of_model(trainer: Trainer) -> Iterator[tuple[str, str]]:
+def _of_model(trainer: Trainer) -> Iterator[_Refusal]:
     """Models that recompute on their own, or are elsewhere than they train."""
-    model = trainer.model
+    model = _model(trainer)
+    kind, place, target = type(model).__name__, next(model.parameters()).device, trainer.args.device
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        yield (
-            type(model).__name__,
-            (
-                "its gradient checkpointing is on, and memfit chooses what to recompute: call "
-                "model.gradient_checkpointing_disable()"
-            ),
-        )
-    place = next(model.parameters()).device
-    if place != trainer.args.device:
-        yield (
-            type(model).__name__,
-            (
-                f"it is on {place} and will train on {trainer.args.device}: call model.to({str(trainer.args.device)!r}) "
-                "before fit"
-            ),
-        )
+        cure = "call model.gradient_checkpointing_disable()"
+        yield _Refusal(kind, f"it checkpoints already, and memfit chooses what to recompute: {cure}")
+    if place != target:
+        cure = f"call model.to('{target}') before fit"
+        yield _Refusal(kind, f"it is on {place}, and will train on {target}: {cure}")
