@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -28,14 +29,14 @@ ROWS, LENGTH, WORDS, CLASSES = 70, 12, 61, 3
 BATCH = (4, 4)  # per_device_train_batch_size, gradient_accumulation_steps: 16 rows a step, the last has 6
 
 
-def llama(seed: int = 0) -> nn.Module:
+def llama(seed: int = 0, layers: int = 2) -> nn.Module:
     """A causal language model; it has no dropout."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
     )
@@ -64,6 +65,13 @@ def bert(kind: Any = BertForSequenceClassification, dropout: float = 0.0) -> nn.
 def tagger() -> nn.Module:
     """A head whose loss takes no notice of the number of labels in the whole batch."""
     return bert(BertForTokenClassification)
+
+
+def lora() -> nn.Module:
+    """Frozen weights and two small matrices a projection."""
+    torch.manual_seed(0)
+    model: nn.Module = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    return model
 
 
 def texts(seed: int = 1, rows: int = ROWS) -> list[dict[str, Tensor]]:

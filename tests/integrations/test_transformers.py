@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
 import memfit
 import trainers
 from memfit.integrations.transformers import fit
-from trainers import bert, classified, fitted, llama, made, padded, plain, ragged, tagged, tagger, texts
+from trainers import bert, classified, fitted, llama, lora, made, padded, plain, ragged, tagged, tagger, texts
 
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 WHOLE = {"micro_batch_size": 16}
@@ -61,13 +60,6 @@ def mean_of_words(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | Non
     return nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
-def lora() -> nn.Module:
-    """Frozen weights and two small matrices a projection."""
-    torch.manual_seed(0)
-    model: nn.Module = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "data", "options"),
     [
@@ -101,8 +93,9 @@ def test_a_training_is_the_plain_one_at_the_whole_batch(
 
 
 def test_with_dropout_and_one_micro_batch_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    expected = plain(tmp_path, bert(dropout=0.2), classified(), arguments=SHORT)
-    run = fitted(tmp_path, bert(dropout=0.2), classified(), WHOLE | {"memory": "400KiB"}, arguments=SHORT)
+    options, arguments = WHOLE | {"memory": "400KiB"}, SHORT | {"neftune_noise_alpha": 5.0}
+    expected = plain(tmp_path, bert(dropout=0.2), classified(), arguments=arguments)
+    run = fitted(tmp_path, bert(dropout=0.2), classified(), options, arguments=arguments)
     assert run.fitted is not None
     assert run.fitted.plan.recompute
     assert run.logged("loss", "grad_norm") == expected.logged("loss", "grad_norm")
@@ -114,11 +107,15 @@ def test_a_head_that_plain_accumulation_scales_wrongly_comes_out_right(tmp_path:
     accumulated = made(tmp_path, tagger(), tagged(), arguments=SHORT)
     accumulated.trainer.train()
     run = fitted(tmp_path, tagger(), tagged(), arguments=SHORT)
-    assert (accumulated.losses / expected.losses).min() > 3  # four micro-batches are added up as if one
+    assert (
+        accumulated.losses / expected.losses
+    ).min() > 1.9  # four means are added up, two in the short step
     torch.testing.assert_close(run.losses, expected.losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(run.logged("grad_norm"), expected.logged("grad_norm"), rtol=1e-5, atol=0)
 
 
+# peft asks transformers by a name that transformers gives up in v6
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("model", "data", "given"),
     [
@@ -128,7 +125,7 @@ def test_a_head_that_plain_accumulation_scales_wrongly_comes_out_right(tmp_path:
         (llama, texts, {"compute_loss_func": mean_of_words}),
         (llama, texts, {"arguments": {"label_smoothing_factor": 0.1, "bf16": True}}),
         (llama, lambda: trainers.Stream(), {}),
-        (None, texts, {"model_init": llama}),
+        (None, texts, {"model_init": lambda: llama()}),
     ],
     ids=["lora", "ragged rows", "own loss", "loss function", "smoothed, bfloat16", "stream", "model_init"],
 )
@@ -157,20 +154,20 @@ def test_a_training_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path: Path) -
 
 
 def test_the_trainer_is_the_users_before_and_after(tmp_path: Path) -> None:
-    run = made(tmp_path, llama(), texts(), arguments=SHORT | {"neftune_noise_alpha": 5.0})
+    run = made(tmp_path, llama(layers=1), texts(), arguments=SHORT | {"neftune_noise_alpha": 5.0})
     trainer, state = run.trainer, torch.get_rng_state()
     before = {name: value for name, value in vars(trainer).items() if name != "optimizer"}
     accelerated = dict(vars(trainer.accelerator))
-    names = set(trainer.model.state_dict())
+    names, parts = set(trainer.model.state_dict()), WHOLE
     with pytest.raises(memfit.InfeasibleBudget) as refused:
-        fit(trainer, "100KiB")
+        fit(trainer, "100KiB", **parts)
     assert type(trainer) is Trainer
     assert vars(trainer) == before | {"optimizer": None, "_signature_columns": trainer._signature_columns}
     assert vars(trainer.accelerator) == accelerated
     assert not vars(trainer.model).keys() & {"forward", "_is_accelerate_prepared"}
-    handle = fit(trainer, refused.value.needed_bytes)
+    handle = fit(trainer, refused.value.needed_bytes, **parts)
     assert "budget" in str(handle) or "peak" in str(handle)
-    handle = fit(trainer, refused.value.needed_bytes, profile=handle.step.profile)
+    handle = fit(trainer, refused.value.needed_bytes, profile=handle.step.profile, **parts)
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(trainer, Trainer)
     assert type(trainer).__mro__.count(Trainer) == 1
@@ -219,7 +216,7 @@ def test_trainers_that_do_not_go_with_memfit_are_refused(tmp_path: Path) -> None
     with pytest.raises(memfit.UnsupportedModel, match=r"trainer.compute_loss: it was replaced"):
         fit(patched, "1GiB")
     checkpointing = made(tmp_path, llama(), texts()).trainer
-    checkpointing.model.gradient_checkpointing_enable()
+    checkpointing.model.model.layers[0].gradient_checkpointing = True  # as the model's own switch does
     with pytest.raises(memfit.UnsupportedModel, match="gradient_checkpointing_disable"):
         fit(checkpointing, "1GiB")
     with pytest.raises(TypeError, match=r"give a transformers\.Trainer"):

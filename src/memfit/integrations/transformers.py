@@ -32,7 +32,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,6 +51,8 @@ from transformers.trainer_callback import CallbackHandler
 import memfit
 from memfit.api import Plan, Profile, Step, Verdict
 from memfit.errors import UnsupportedModel
+
+_log = logging.getLogger("memfit")
 
 _SAMPLES_ITSELF: Final = {
     *("GRPOTrainer", "RLOOTrainer", "PPOTrainer", "OnlineDPOTrainer", "XPOTrainer", "NashMDTrainer"),
@@ -138,8 +142,13 @@ class Fit:
         """The loss of the whole batch; gradients are in place. See Note [Trainer] 2."""
         now = _Trained(model, _raw(trainer.optimizer))
         if now.model is not self._trained.model or now.optimizer is not self._trained.optimizer:
-            self.step = self._make._replace(model=model).step(trainer, inputs, self.step.profile)
+            with (
+                warnings.catch_warnings()
+            ):  # of a profile that does not fit this model: then there is a new one
+                warnings.filterwarnings("ignore", "the stored profile is not used")
+                self.step = self._make._replace(model=model).step(trainer, inputs, self.step.profile)
             self._trained = now
+            _log.info("train() made another model or optimizer, so the step was planned again: %s", self.plan)
         return self.step(inputs).requires_grad_()
 
 
