@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/trainer.py [--out FILE]
 
-Each row is a model, data, arguments and a plan: 30 steps of 16 rows, the last of an epoch with 6, on a CPU. It
-reports the worst relative difference of losses, gradient norms and parameters, and whether learning rates,
+Each row is a model, data, arguments and a plan: 30 steps of 16 rows, the last of an epoch with 6, on a CPU.
+It reports the worst relative difference of losses, gradient norms and parameters, and whether learning rates,
 step counts and the sequence of events are the same. Fails if a difference is above rounding.
 """
 
