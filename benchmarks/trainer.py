@@ -48,7 +48,7 @@ PLANS: dict[str, dict[str, Any]] = {
 JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (llama, texts, {}),
     "llama, rows of many lengths": (llama, ragged, {"data_collator": padded}),
-    "llama, a stream": (llama, Stream, {}),
+    "llama, a stream": (llama, lambda: Stream(texts()), {}),
     "llama, LoRA": (lora, texts, {}),
     "llama, SGD, label smoothing": (
         llama,

@@ -29,6 +29,26 @@ ROWS, LENGTH, WORDS, CLASSES = 70, 12, 61, 3
 BATCH = (4, 4)  # per_device_train_batch_size, gradient_accumulation_steps: 16 rows a step, the last has 6
 
 
+class Small(nn.Module):
+    """A classifier of numbers that is planned quickly."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.first, self.second = nn.Linear(LENGTH, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, numbers: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss, and the logits."""
+        logits = self.second(nn.functional.gelu(self.first(numbers)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def numbers(seed: int = 1) -> list[dict[str, Tensor]]:
+    """Rows for :class:`Small`."""
+    rows = classified(seed)
+    return [{"numbers": row["input_ids"] / WORDS, "labels": row["labels"]} for row in rows]
+
+
 def llama(seed: int = 0, layers: int = 2) -> nn.Module:
     """A causal language model; it has no dropout."""
     torch.manual_seed(seed)
@@ -56,8 +76,8 @@ def bert(kind: Any = BertForSequenceClassification, dropout: float = 0.0) -> nn.
         max_position_embeddings=64,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        num_labels=CLASSES,
     )
+    config.num_labels = CLASSES
     model: nn.Module = kind(config)
     return model
 
@@ -70,7 +90,7 @@ def tagger() -> nn.Module:
 def lora() -> nn.Module:
     """Frozen weights and two small matrices a projection."""
     torch.manual_seed(0)
-    model: nn.Module = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    model: nn.Module = get_peft_model(llama(layers=1), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     return model
 
 
@@ -120,18 +140,19 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Stream(IterableDataset[dict[str, Tensor]]):
     """Rows without a length."""
 
+    def __init__(self, rows: list[dict[str, Tensor]]) -> None:
+        self._rows = rows
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from texts()
+        return iter(self._rows)
 
 
 class Once(Stream):
     """The same, which can be read only once."""
 
-    def __init__(self) -> None:
-        self._rows = iter(texts())
-
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self._rows
+        self._left = getattr(self, "_left", iter(self._rows))
+        return self._left
 
 
 class Listener(TrainerCallback):
