@@ -87,10 +87,12 @@ def tagger() -> nn.Module:
     return bert(BertForTokenClassification)
 
 
-def lora() -> nn.Module:
+def lora(layers: int = 2) -> nn.Module:
     """Frozen weights and two small matrices a projection."""
     torch.manual_seed(0)
-    model: nn.Module = get_peft_model(llama(layers=1), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    model: nn.Module = get_peft_model(
+        llama(layers=layers), LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    )
     return model
 
 
