@@ -159,6 +159,10 @@ def test_what_else_people_give_a_trainer(
     torch.testing.assert_close(run.losses, expected.losses, rtol=tolerance, atol=0)
     assert run.logged(*LISTED) == expected.logged(*LISTED)
     assert set(run.weights) == set(expected.weights)
+    assert run.fitted is not None
+    assert run.fitted.verdict is not None
+    assert run.fitted.verdict.held
+    assert run.fitted.verdict.attempts == 1  # what was planned before train() is what runs in it
 
 
 def test_a_training_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
