@@ -30,6 +30,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "workloads": {"errors", "units", "workload", "workloads"},
     "api": {*FOUNDATION, "runtime", "workload"},
     "train": {*FOUNDATION, "runtime", "workload", "api", ""},
+    "integrations": {*FOUNDATION, "runtime", "workload", "api", ""},
     "report": {*FOUNDATION, "runtime", "workload", "api", "train", "report"},
     "cli": {*FOUNDATION, "runtime", "workload", "api", "train", "report", ""},
     "__init__": {"errors", "api"},
