@@ -49,7 +49,7 @@ from memfit.runtime.step import Step
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # type: ignore[assignment,unused-ignore]
 
 _STRATEGIES = ("SingleDeviceStrategy",)  # where more are supported, they are named here
 _STEP = "training_step"
@@ -57,7 +57,7 @@ _COUNTERS = ("_update_count", "_computed", "_forward_cache")
 
 
 class MemfitCallback(Callback):  # type: ignore[misc,unused-ignore]
-    """Runs each batch of automatic optimization within ``memory``, as the plain ``Trainer`` would run it whole.
+    """Runs each batch of automatic optimization within ``memory``, as if it were run whole.
 
     The DataLoader's batch is the effective batch: make it as large as the recipe wants, and leave
     ``accumulate_grad_batches`` at 1. The plan is made at the first batch.
@@ -146,31 +146,44 @@ def refuse_unsupported(trainer: Any, module: Any) -> None:
     Raises:
         UnsupportedModel: Says why, and what to set instead.
     """
-    package = _package(trainer)
     refuse_accumulation(trainer)
-    plugin, strategy = trainer.precision_plugin, type(trainer.strategy).__name__
-    optimizers = len(trainer.optimizers)
-    reasons = {
-        "manual optimization steps where training_step says, so memfit cannot tell what one batch is: return "
-        "the loss from training_step and leave automatic_optimization on": not module.automatic_optimization,
-        f"configure_optimizers gave {optimizers} optimizers, and memfit runs the backward of one loss for one "
-        "of them: put the parameters into groups of one optimizer": optimizers != 1,
-        f"the strategy is {strategy}, and memfit plans one device and one process for now: set "
-        "Trainer(devices=1, strategy='auto')": strategy not in _STRATEGIES or trainer.world_size > 1,
-        f"{type(module).__name__} has a backward of its own, and memfit runs one for each micro-batch: leave "
-        "it out, and change gradients in on_after_backward": not _is_from(type(module).backward, package),
-        f"{type(plugin).__name__} has a backward of its own: set precision= to 32, 64, bf16 or 16, true or "
-        "mixed": not _is_from(type(plugin).backward, package + ".plugins.precision.precision"),
-        "training_step takes the dataloader_iter, so there is no batch to split: take (batch, batch_idx)": (
-            "dataloader_iter" in inspect.signature(module.training_step).parameters
-        ),
-        "the LightningModule is under torch.compile as a whole, which hides training_step: compile the "
-        "network inside it (self.net = torch.compile(net))": getattr(module, "_compiler_ctx", None)
-        is not None,
-    }
-    for reason, is_so in reasons.items():
-        if is_so:
-            raise UnsupportedModel(f"{reason}. Or train without MemfitCallback", owner=type(module).__name__)
+    for reason in _hindrances(trainer, module):
+        raise UnsupportedModel(f"{reason}. Or train without MemfitCallback", owner=type(module).__name__)
+
+
+def _hindrances(trainer: Any, module: Any) -> Iterator[str]:
+    """Each reason why a module cannot be trained so, and what to do."""
+    kind, package = type(module).__name__, _package(trainer)
+    plugin, strategy = type(trainer.precision_plugin), type(trainer.strategy).__name__
+    if not module.automatic_optimization:
+        yield (
+            f"{kind} optimizes manually, so memfit cannot tell what one batch is: return the loss from "
+            "training_step and leave automatic_optimization on"
+        )
+    if len(trainer.optimizers) != 1:
+        yield (
+            f"configure_optimizers of {kind} gave {len(trainer.optimizers)} optimizers, and memfit plans a "
+            "batch for one: put the parameters into groups of one optimizer"
+        )
+    if strategy not in _STRATEGIES or trainer.world_size > 1:
+        yield (
+            f"the strategy is {strategy}, and memfit plans one device and one process for now: set "
+            "Trainer(devices=1, strategy='auto')"
+        )
+    if not _is_from(type(module).backward, package):
+        yield (
+            f"{kind} has a backward of its own, and memfit runs one for each micro-batch: leave it out, and "
+            "change gradients in on_after_backward"
+        )
+    if not _is_from(plugin.backward, f"{package}.plugins.precision.precision"):
+        yield f"{plugin.__name__} has a backward of its own: set precision= to one of 32, 64, bf16 and 16"
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        yield "training_step takes the dataloader_iter, so no batch can be split: take (batch, batch_idx)"
+    if getattr(module, "_compiler_ctx", None) is not None:
+        yield (
+            f"{kind} is under torch.compile as a whole, which hides training_step: compile the network in "
+            "it (self.net = torch.compile(net))"
+        )
 
 
 def refuse_accumulation(trainer: Any) -> None:
@@ -229,9 +242,7 @@ class _Batches:
         loss_fn.on_batch_start = self._start
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         with self._rehearsal():
-            return api.fit(
-                self._module, loss_fn, batch, optimizer=optimizer, scaler=scaler, **options
-            )
+            return api.fit(self._module, loss_fn, batch, optimizer=optimizer, scaler=scaler, **options)
 
     def run(self, step: Step, batch: Any, rest: Sequence[Any]) -> dict[str, Any]:
         """Forward and backward of a batch: what its ``training_step`` would return, the loss detached."""
@@ -289,7 +300,7 @@ class _Batches:
 
     @contextmanager
     def _logging(self, log: Callable[..., None]) -> Iterator[None]:
-        """``self.log`` is another function in the body; no method, for copies of the module must not copy us."""
+        """``self.log`` is another function in the body; no method, or a copy of the module would copy us."""
         former = self._module.__dict__.get("log")
         self._module.log = lambda *args, **kwargs: log(*args, **kwargs)
         try:
@@ -316,12 +327,17 @@ class _Batches:
 def _functions(module: Any, package: str) -> list[Any]:
     """The functions of the user's own module, of which one is its ``training_step``."""
     kinds = [kind for kind in type(module).__mro__ if not _is_from(kind, package)]
-    found = [f for kind in kinds if issubclass(kind, nn.Module) and kind is not nn.Module for f in vars(kind).values()]
+    found = [
+        f
+        for kind in kinds
+        if issubclass(kind, nn.Module) and kind is not nn.Module
+        for f in vars(kind).values()
+    ]
     return [function for function in found if inspect.isfunction(function)]
 
 
 def _copy_tensor_attributes(module: nn.Module) -> None:
-    """Puts copies in place of tensors that are neither parameter nor buffer, such as the states of metrics."""
+    """Puts copies in place of tensors that are neither parameter nor buffer: the states of metrics."""
     for part in module.modules():
         for name, value in part.__dict__.items():
             if isinstance(value, Tensor):
@@ -352,20 +368,17 @@ def _logs_of_batch(parts: Sequence[_Part], loss: Tensor) -> Iterator[dict[str, A
 def _value_of_batch(group: Sequence[tuple[_Part, dict[str, Any]]], loss: Tensor) -> Any:
     """One logged value for the whole batch. See Note [Logs] 1."""
     values = [arguments["value"] for _, arguments in group]
-    if len(values) == 1 or isinstance(values[0], Metric) or all(_is_same(v, values[0]) for v in values):
-        is_loss = len(values) == 1 and _is_same(values[0], group[0][0].loss)
-        return loss.clone() if is_loss else values[0]
-    if all(_is_same(arguments["value"], part.loss) for part, arguments in group):
+    if isinstance(values[0], Metric):
+        return values[0]
+    numbers = _numbers(values)
+    if torch.equal(numbers, _numbers([part.loss for part, _ in group])):
         return loss.clone()
     reduce_fx = group[0][1].get("reduce_fx", "mean")
     reduction = getattr(reduce_fx, "__name__", reduce_fx)
-    numbers = torch.stack([torch.as_tensor(value).double().reshape(()).cpu() for value in values])
-    if reduction in ("sum", "max", "amax", "min", "amin"):
-        total = getattr(numbers, reduction)()
-    else:
-        sizes = [arguments.get("batch_size") or part.rows for part, arguments in group]
-        total = _mean(numbers, sizes)
-    return total.to(values[0]) if isinstance(values[0], Tensor) else float(total)
+    if reduction in ("sum", "max", "min"):
+        return _like(getattr(numbers, reduction)(), values[0])
+    given = [(arguments.get("batch_size"), part.rows) for part, arguments in group]
+    return _mean(values, [rows if size is None else size for size, rows in given])
 
 
 def _extra_of_batch(parts: Sequence[_Part]) -> dict[str, Any]:
@@ -378,32 +391,41 @@ def _extra_of_batch(parts: Sequence[_Part]) -> dict[str, Any]:
         return parts[0].extra
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part.extra):
-        values = [part.extra[name] for part in parts if name in part.extra]
-        if all(isinstance(v, float) or (isinstance(v, Tensor) and v.numel() == 1) for v in values):
-            numbers = torch.stack([torch.as_tensor(v).double().reshape(()).cpu() for v in values])
-            mean = _mean(numbers, [part.rows for part in parts if name in part.extra])
-            found[name] = mean.to(values[0]) if isinstance(values[0], Tensor) else float(mean)
+        having = [part for part in parts if name in part.extra]
+        values = [part.extra[name] for part in having]
+        if all(isinstance(v, float) or (isinstance(v, Tensor) and v.dim() == 0) for v in values):
+            found[name] = _mean(values, [part.rows for part in having])
             continue
         try:
             found[name] = join(values)
         except InexactAccumulation as error:
             raise InexactAccumulation(
-                f"training_step returns {name!r}, which is not known to belong to rows ({error}): return what "
-                "has one row a row of the batch, or one number, or nothing but the loss",
+                f"training_step returns {name!r}, whose micro-batches cannot be put together ({error}): "
+                "return what has one row a row of the batch, or one number, or nothing but the loss",
                 owner=name,
             ) from error
     return found
 
 
-def _mean(numbers: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A weighted mean."""
-    weights = numbers.new_tensor(sizes)
-    return (numbers * weights).sum() / weights.sum()
+def _mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The weighted mean of numbers; what is the same everywhere stays so to the bit."""
+    numbers = _numbers(values)
+    if bool((numbers == numbers[0]).all()):
+        return values[0]
+    weights = numbers.new_tensor(sizes if any(sizes) else [1] * len(sizes))
+    return _like((numbers * weights).sum() / weights.sum(), values[0])
 
 
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether two logged values are the same number."""
-    return not isinstance(value, Metric) and bool(torch.as_tensor(value) == torch.as_tensor(other))
+def _numbers(values: Sequence[Any]) -> Tensor:
+    """Numbers, or tensors of one number, as one vector."""
+    return torch.stack([torch.as_tensor(value).detach().double().reshape(()) for value in values]).cpu()
+
+
+def _like(number: Tensor, example: Any) -> Any:
+    """A number of the same kind as another one, but never cut to a whole one."""
+    if not isinstance(example, Tensor):
+        return float(number)
+    return number.to(example.device, example.dtype if example.is_floating_point() else torch.float32)
 
 
 # ---- metrics -------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Accumulation:
         return total
 
     def _tell_start(self) -> None:
-        """Tells a loss that keeps notes that what it noted so far is void: the batch starts, perhaps again."""
+        """Tells a loss that keeps notes that a batch starts, perhaps again: older notes are void."""
         tell = getattr(self.loss_fn, "on_batch_start", None)
         if callable(tell):
             tell()

@@ -135,7 +135,7 @@ def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What really steps: Accelerate's wrapper has no state of its own, and leaves out steps as it sees fit."""
+    """What really steps: Accelerate's wrapper has no state of its own, and leaves steps out now and then."""
     inner = getattr(optimizer, "optimizer", None)
     is_wrapper = type(optimizer).__name__ == "AcceleratedOptimizer"
     return inner if is_wrapper and isinstance(inner, torch.optim.Optimizer) else optimizer
