@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench families heads rescue clean
+.PHONY: help .venv demo test check check-cuda bench families heads lightning rescue clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compare
 
 heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: about 15 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/heads.py --out benchmarks/results/$(TODAY)_cpu_heads.json
+
+lightning: $(STAMP)  ## Lightning with memfit against the plain Trainer: about 3 minutes
+	OMP_NUM_THREADS=1 $(PY) benchmarks/lightning.py --out benchmarks/results/$(TODAY)_cpu_lightning.json
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
