@@ -61,7 +61,7 @@ heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: abou
 	OMP_NUM_THREADS=1 $(PY) benchmarks/heads.py --out benchmarks/results/$(TODAY)_cpu_heads.json
 
 lightning: $(STAMP)  ## Lightning with memfit against the plain Trainer: about 3 minutes
-	OMP_NUM_THREADS=1 $(PY) benchmarks/lightning.py --out benchmarks/results/$(TODAY)_cpu_lightning.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/lightning_trainer.py --out benchmarks/results/$(TODAY)_cpu_lightning.json
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

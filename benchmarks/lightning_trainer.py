@@ -1,6 +1,6 @@
 """Lightning with memfit against the plain Trainer with the whole batch: 30 steps, the last of an epoch short.
 
-    OMP_NUM_THREADS=1 python benchmarks/lightning.py [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/lightning_trainer.py [--out FILE]
 
 BERT (classification) and Llama from configurations, dropout off, each with SGD and AdamW, without and with
 clipping, with micro-batches of several sizes and with the whole batch recomputed. One row a run: the largest
