@@ -4,8 +4,9 @@
 
 BERT (classification) and Llama from configurations, dropout off, each with SGD and AdamW, without and with
 clipping, with micro-batches of several sizes and with the whole batch recomputed. One row a run: the largest
-relative difference of the logged losses and rates, of the final weights (each tensor by its norm, those below
-1e-6 as 1e-6), whether step counts and the order of all hooks are the same, and the peak.
+relative difference of the logged losses and rates, of the final weights (each tensor by its norm), whether
+step counts and the order of all hooks are the same, and the peak. The biases of BERT's keys are apart: their
+gradient is rounding alone, in the plain Trainer too, and AdamW makes whole steps of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lightning_jobs import Record, Task, bert, llama, sentences, train, worst_di
 from memfit.integrations.lightning import MemfitCallback
 
 ROWS, BATCHES, SHORT, EPOCHS = 16, 9, 7, 3
-MODELS = {"bert": (bert, "1.2MiB"), "llama": (llama, "1.6MiB")}
+MODELS = {"bert": (bert, "1.1MiB"), "llama": (llama, "1.6MiB")}
 OPTIMIZERS = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 1e-3}}
 Row = dict[str, Any]
 
@@ -45,9 +46,9 @@ def rows() -> Iterator[Row]:
                     task, callback = copy.deepcopy(start), MemfitCallback(memory, micro_batch_size=size)
                     found = train(task, data, callback, max_epochs=EPOCHS, gradient_clip_val=clip)
                     about = {"model": name, "optimizer": optimizer, "clip": clip, "micro_batch_size": size}
-                    yield (
-                        about | compared(found, course, callback) | {"weights": worst_difference(task, plain)}
-                    )
+                    weights = {"weights": worst_difference(task, plain)}
+                    weights["key_biases"] = worst_difference(task, plain, key_biases=True)
+                    yield about | compared(found, course, callback) | weights
 
 
 def compared(found: Record, plain: Record, callback: MemfitCallback) -> Row:

@@ -32,7 +32,7 @@ MODELS = {"bert": (bert, "1.2MiB", 5), "llama": (llama, "1.6MiB", 5)}
 def pair(net: nn.Module, **options: Any) -> tuple[Task, Task]:
     """Two tasks that start alike."""
     torch.manual_seed(0)
-    task = Task(net, **({"lr": 0.1, "momentum": 0.9} | options))
+    task = Task(net, **(options or {"lr": 0.1, "momentum": 0.9}))
     return task, copy.deepcopy(task)
 
 
@@ -41,6 +41,11 @@ def small_pair(dropout: float = 0.0) -> tuple[Small, Small]:
     torch.manual_seed(0)
     task = Small(dropout)
     return task, copy.deepcopy(task)
+
+
+def no_or(callbacks: list[Any]) -> tuple[list[Any], list[Any]]:
+    """No callbacks, and some."""
+    return [], callbacks
 
 
 def assert_same_course(found: Record, plain: Record, tolerance: float) -> None:
@@ -62,12 +67,15 @@ def bits(task: nn.Module) -> list[bytes]:
 @pytest.mark.parametrize("name", MODELS)
 def test_micro_batches_train_as_the_whole_batch_does(name: str) -> None:
     make, memory, size = MODELS[name]
-    task, twin = pair(make())
+    options: dict[str, Any] = (
+        {"lr": 1e-3, "optimizer": "AdamW"} if name == "bert" else {"lr": 0.1, "momentum": 0.9}
+    )
+    task, twin = pair(make(), **options)
     data = sentences(16 * 9 + 7, causal=name == "llama")  # ten batches, the last one short
-    options: dict[str, Any] = {"max_epochs": 3, "gradient_clip_val": 0.5}
-    plain = train(twin, data, **options)
+    settings: dict[str, Any] = {"max_epochs": 3, "gradient_clip_val": 0.5}
+    plain = train(twin, data, **settings)
     callback = fitted(memory, micro_batch_size=size)
-    found = train(task, data, callback, **options)
+    found = train(task, data, callback, **settings)
     assert callback.step is not None
     assert callback.step.plan.gradient_accumulation_steps == 4
     assert callback.step.verdict is not None
@@ -84,8 +92,8 @@ def test_recomputing_with_dropout_is_the_plain_training_bit_for_bit(name: str) -
     task, twin = pair(make(dropout=0.1))
     data = sentences(16 * 4 + 7, causal=name == "llama")
     callback = fitted(memory, micro_batch_size=16)
-    courses = []
-    for one, callbacks in ((twin, []), (task, [callback])):
+    courses: list[Any] = []
+    for one, callbacks in zip((twin, task), no_or([callback]), strict=True):
         torch.manual_seed(1)
         courses.append(train(one, data, *callbacks, max_epochs=2))
     assert callback.step is not None
@@ -109,8 +117,8 @@ def test_bfloat16_autocast_is_lightnings(size: int) -> None:
 def test_the_scaler_of_float16_scales_micro_batches_too() -> None:
     task, twin = small_pair()
     data = rows(16 * 2 + 7)
-    ends = []
-    for one, callbacks in ((twin, []), (task, [fitted("1MiB", micro_batch_size=16)])):
+    ends: list[Any] = []
+    for one, callbacks in zip((twin, task), no_or([fitted("1MiB", micro_batch_size=16)]), strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         plugin = MixedPrecision("16-mixed", "cpu", scaler)
         course = train(one, data, *callbacks, max_epochs=2, plugins=[plugin], gradient_clip_val=0.1)
@@ -136,11 +144,15 @@ def test_the_module_of_pytorch_lightning_trains_too() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    ends = []
-    for callbacks in ([], [fitted("1MiB", micro_batch_size=5)]):
+    ends: list[Any] = []
+    for callbacks in no_or([fitted("1MiB", micro_batch_size=5)]):
         torch.manual_seed(0)
         line = Line()
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        quiet: dict[str, Any] = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
         trainer = pytorch_lightning.Trainer(
             accelerator="cpu", max_epochs=2, logger=False, callbacks=callbacks, **quiet
         )
@@ -160,7 +172,7 @@ class Seen(DummyLogger):
         super().__init__()
         self.rows: list[dict[str, float]] = []
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.append({**metrics, "at": float(step or 0)})
 
 
@@ -229,7 +241,7 @@ def test_nothing_of_profile_and_audit_is_seen() -> None:
 
 def test_what_training_step_returns_is_put_together() -> None:
     outputs: list[list[Any]] = [[], []]
-    for index, callbacks in enumerate(([], [fitted("1MiB", micro_batch_size=5)])):
+    for index, callbacks in enumerate(no_or([fitted("1MiB", micro_batch_size=5)])):
 
         class Take(pl.Callback):
             def __init__(self, taken: list[Any]) -> None:
