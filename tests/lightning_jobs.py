@@ -55,6 +55,12 @@ def sentences(rows: int, *, causal: bool) -> list[dict[str, Tensor]]:
     return found
 
 
+class Unmergeable(torchmetrics.SumMetric):
+    """A metric that does not say how to merge two batches."""
+
+    full_state_update = True
+
+
 class Small(pl.LightningModule):
     """A small network for rows of 8 numbers, with metrics of its own and all that may be logged."""
 
@@ -63,6 +69,7 @@ class Small(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Dropout(dropout), nn.Linear(64, 3))
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
         self.f1 = torchmetrics.F1Score("multiclass", num_classes=3, average="macro")
+        self.counted = Unmergeable()
         self.of_validation = torchmetrics.Accuracy("multiclass", num_classes=3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -74,6 +81,8 @@ class Small(pl.LightningModule):
         self.log("loss", loss, **both)
         self.f1.update(scores, labels)
         self.log("f1", self.f1, on_epoch=True)
+        self.counted.update(float(len(labels)))
+        self.log("counted", self.counted, on_step=False, on_epoch=True)
         self.accuracy(scores, labels)
         self.log("accuracy", self.accuracy, **both)
         self.log_dict({"mean": scores.mean(), "largest": float(self.trainer.max_epochs or 0)}, **both)
