@@ -83,7 +83,9 @@ def fit(
     Args:
         model: Any module in training mode, on the device it trains on.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``, the loss of a whole batch; or a mapping of terms,
-            each a scalar tensor, whose sum is the loss (``step.terms`` has them afterwards).
+            each a scalar tensor, whose sum is the loss (``step.terms`` has them afterwards). It runs once a
+            micro-batch, and before that to profile and audit it. One that keeps notes may have a function
+            ``loss_fn.on_batch_start``, called when a batch starts, and again if it must run again.
         batch: An example of the effective batch; its tensors share the first dimension.
         memory: ``"8GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
             it may be left out: what is free.

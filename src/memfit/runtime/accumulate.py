@@ -54,6 +54,7 @@ class Accumulation:
         refuse_no_gradients()
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
+            self._tell_start()
             with micro_batches(self.model, self.batch_norm, several=False):
                 return self._run_part(parts[0], None, decisions)
         if self.counter is None and not self.is_two_pass:
@@ -70,11 +71,13 @@ class Accumulation:
         """Adds up the micro-batches."""
         if self.counter is None:
             assert isinstance(self.loss_fn, OutputsLoss)
+            self._tell_start()
             return run_in_two_passes(
                 self.model, self.loss_fn, batch, parts, decisions, self.scaler, self.batch_norm
             )
         total: Weighed | None = None
         weighted = list(zip(parts, weights(self.counter, parts), strict=True))
+        self._tell_start()
         with micro_batches(self.model, self.batch_norm, several=True) as begin:
             for part, weight in weighted:
                 if _is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
@@ -84,6 +87,12 @@ class Accumulation:
                 total = loss if total is None else _sum(total, loss)
         assert total is not None
         return total
+
+    def _tell_start(self) -> None:
+        """Tells a loss that keeps notes that a batch starts, perhaps again: older notes are void."""
+        tell = getattr(self.loss_fn, "on_batch_start", None)
+        if callable(tell):
+            tell()
 
     def _parts(self, batch: Any, micro_batch_size: int) -> list[Any]:
         """The micro-batches of any batch, a short last one too."""

@@ -118,7 +118,7 @@ def first_rows(batch: Any, rows: int, few: int) -> Any:
 
 
 def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers, however many were given.
+    """The optimizers, however many were given; Accelerate's wrapper is taken off.
 
     Raises:
         TypeError: Something else was given.
@@ -131,7 +131,14 @@ def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
             raise TypeError(
                 f"optimizer is a {type(one).__name__}: give a torch.optim.Optimizer, or a list of several"
             )
-    return found
+    return tuple(map(_unwrapped, found))
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What really steps: Accelerate's wrapper has no state of its own, and leaves steps out now and then."""
+    inner = getattr(optimizer, "optimizer", None)
+    is_wrapper = type(optimizer).__name__ == "AcceleratedOptimizer"
+    return inner if is_wrapper and isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def optimizer_state(optimizer: Optimizers) -> list[Tensor]:
