@@ -28,6 +28,8 @@ class Job(NamedTuple):
     """A model with its loss and batch: what is profiled. Several optimizers step one after the other.
 
     ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    ``held_sizes``: Bytes of blocks that are there throughout beside the parameters (DDP's buckets); with
+    ``owns_gradients`` the gradients lie in them in the end.
     """
 
     model: nn.Module
@@ -36,6 +38,8 @@ class Job(NamedTuple):
     optimizer: Optimizers
     batch_norm: str = "exact"
     is_two_pass: bool = False
+    held_sizes: tuple[int, ...] = ()
+    owns_gradients: bool = False
 
 
 def check_model(model: nn.Module) -> torch.device:
