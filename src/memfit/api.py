@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.ranks import Ranks
-from memfit.runtime.replicas import engine_of
+from memfit.runtime.replicas import Engine, engine_of
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
@@ -118,31 +119,42 @@ def fit(
         ValueError, TypeError: Something is not as described above.
     """
     engine = engine_of(model)
-    wanted = _Wanted(memory, micro_batch_size, count, profile)
+    job = partial(_job, engine, loss_fn, outputs_fn, batch, optimizer, batch_norm)
+    return _step(engine, job, _Wanted(memory, micro_batch_size, count, profile, scaler))
 
-    def job() -> Job:
-        _check(count, profile, scaler)
-        loss = whole_loss(loss_fn, outputs_fn)
-        optimizers = each_optimizer(optimizer) or None
-        held = engine.held_sizes, engine.owns_gradients
-        return Job(engine.model, loss, batch, optimizers, batch_norm, False, *held)
 
+def _job(
+    engine: Engine,
+    loss_fn: LossFn | Callable[[Any, Any], Loss],
+    outputs_fn: OutputsFn | None,
+    batch: Any,
+    optimizer: Optimizers,
+    batch_norm: str,
+) -> Job:
+    """What is profiled: the module that runs without other ranks."""
+    loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
+    job = Job(engine.model, loss, batch, optimizers, batch_norm)
+    return job._replace(held_sizes=engine.held_sizes, owns_gradients=engine.owns_gradients)
+
+
+def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:
+    """The step of a job, on one process or several."""
     fitted = _fitted if engine.ranks.size == 1 else _fitted_together
-    found = fitted(job, wanted, engine.ranks)
-    job_, splitting, plan, profile, find = found
-    run = Accumulation(
-        engine.model, job_.loss_fn, splitting.counter, splitting.is_two_pass, scaler, batch_norm
-    )
-    return Step(run, plan, profile, optimizer=job_.optimizer, find=find, engine=engine)
+    job, splitting, plan, profile, find = fitted(make, wanted, engine.ranks)
+    counter, is_two_pass = splitting.counter, splitting.is_two_pass
+    run = Accumulation(job.model, job.loss_fn, counter, is_two_pass, wanted.scaler, job.batch_norm)
+    return Step(run, plan, profile, optimizer=job.optimizer, find=find, engine=engine)
 
 
-class _Wanted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Wanted:
     """What the user asked for beside the job."""
 
     memory: str | int | None
     micro_batch_size: int | None
     count: str | Counter | Mapping[str, str | Counter]
     profile: Profile | None
+    scaler: torch.amp.GradScaler | None
 
 
 class _Fitted(NamedTuple):
@@ -157,6 +169,7 @@ class _Fitted(NamedTuple):
 
 def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
     """Profiled, its accumulation proved where the batch is split, and planned; on one process."""
+    _check(wanted)
     job = make()
     return _fitted_within(job, _checked(job, wanted), wanted)
 
@@ -164,6 +177,7 @@ def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
 def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
     """The same for several ranks: made on the one with most rows, within the least of all budgets."""
     with ranks.together():
+        _check(wanted)
         job = make()
         own_bytes = _checked(job, wanted)
         rows = rows_of(job.batch)
@@ -193,7 +207,7 @@ def _checked(job: Job, wanted: _Wanted) -> int:
 
 def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
     """The job, profiled, proved and planned."""
-    _, micro_batch_size, count, stored = wanted
+    micro_batch_size, count, stored = wanted.micro_batch_size, wanted.count, wanted.profile
     rows = rows_of(job.batch)
     check_micro_batch_size(micro_batch_size, rows)
     audit = None
@@ -218,21 +232,17 @@ def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
     return _Fitted(job, splitting, plan, splitting.settled(profile), find)
 
 
-def _check(
-    count: str | Counter | Mapping[str, str | Counter],
-    profile: Profile | None,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def _check(wanted: _Wanted) -> None:
     """Refuses, before anything runs, what would fail at the first step.
 
     Raises:
         TypeError, ValueError: One of them is not as :func:`fit` has it.
     """
-    counter_named(count)
-    if profile is not None:
-        check_type("profile", profile, Profile, "a memfit.Profile, such as step.profile")
-    if scaler is not None:
-        check_type("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
+    counter_named(wanted.count)
+    if wanted.profile is not None:
+        check_type("profile", wanted.profile, Profile, "a memfit.Profile, such as step.profile")
+    if wanted.scaler is not None:
+        check_type("scaler", wanted.scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
 
 
 def _bar_coupled(profile: Profile, splitting: Splitting) -> None:

@@ -129,8 +129,9 @@ class Splitting(Weigher):
                 owner="loss_fn",
             )
         if self._barred is not None:
+            ways = ", or ".join(way for way in cures(Kind.COUPLED_LAYER) if way != KEEP_WHOLE)
             raise InexactAccumulation(
-                f"{across} cannot be added up exactly: {self._barred}: {', or '.join(cures(Kind.COUPLED_LAYER)[:-1])}",
+                f"{across} cannot be added up exactly: {self._barred}: {ways}",
                 owner=self._bars,
             )
         if self.known is None and self.audit is None:

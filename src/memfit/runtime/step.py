@@ -27,8 +27,8 @@ Note [Rescue]
 Note [Ranks]
  1. Ranks run the same step in the same way, as ``runtime/together.py`` has it. Whether a step is metered or
     timed on any rank is told in the meeting that opens it, and only then there is one more meeting after it.
- 2. The highest peak of all ranks is held against the prediction, the slowest rank sets the seconds. Profile and
-    plan are the same on all: what is planned again is planned on rank 0.
+ 2. The highest peak of all ranks is held against the prediction, the slowest rank sets the seconds. Profile
+    and plan are the same on all: what is planned again is planned on rank 0.
  3. Where memory has run out on one rank before the gradients come together, all are rescued.
 """
 
@@ -370,7 +370,8 @@ class Step:
             level_bytes = torch.cuda.memory_allocated(place) - passing_bytes
         else:
             level_bytes = resident_bytes(present) + sum(before.lasting_sizes)
-            level_bytes += sum(self._engine.held_sizes)
+            in_held = gradients if self._engine.owns_gradients else []
+            level_bytes += max(0, sum(self._engine.held_sizes) - resident_bytes(in_held))
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         if _is_profiled():  # on this rank, and not on another, which measures
             return self._run(batch), 0, 0
