@@ -134,7 +134,10 @@ def _job(
     """What is profiled: the module that runs without other ranks."""
     loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
     job = Job(engine.model, loss, batch, optimizers, batch_norm)
-    return job._replace(held_sizes=engine.held_sizes, owns_gradients=engine.owns_gradients)
+    if engine.ranks.size > 1:
+        sizes = (*engine.held_sizes, engine.ranks.message_bytes)
+        job = job._replace(held_sizes=sizes, owns_gradients=engine.owns_gradients)
+    return job
 
 
 def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:

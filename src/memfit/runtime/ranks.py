@@ -169,7 +169,9 @@ class Ranks:
         if self.rank == failed and own is not None:
             own.add_note(f"This was on rank {failed} of {self.size}; the others stopped with it.")
             raise own
-        raise _error(found, failed) from own
+        error = _error(found, failed)
+        error.is_told = True  # type: ignore[attr-defined]  # by the rank that has it
+        raise error from own
 
 
 def _told(error: Exception) -> str:

@@ -11,7 +11,8 @@ Note [Engines]
 Note [DDP]
  1. DDP's ``forward`` is three things: before (buffers of rank 0 to all, buckets as gradients came), the
     module, after (the hooks on the parameters now expect one backward). ``begin`` is the first, ``joined``
-    the last; between them the module runs as often as there are micro-batches, by itself. Comm hooks, gradients that are views of buckets and unused parameters are DDP's affair, as ever.
+    the last; between them the module runs as often as there are micro-batches, by itself. Comm
+    hooks, gradients that are views of buckets and unused parameters are DDP's affair, as ever.
  2. DDP averages over the ranks. So a weight is that of the whole batch of all ranks, times their number.
  3. Hooks of parameters run before DDP reduces, on what the rank gives to the average, as in a plain step.
  4. Gradients in reduced precision are added up in float32, rounded, and then reduced in the parameters' type.

@@ -177,6 +177,11 @@ class Step:
         self.rescues: list[Rescue] = []
 
     @property
+    def held_bytes(self) -> int:
+        """What is there throughout beside model, optimizer, gradients and batch: the buckets of DDP."""
+        return sum(self._engine.held_sizes)
+
+    @property
     def audit(self) -> Audit | None:
         """What was found out about splitting a batch; None where nothing had to be."""
         return getattr(self._accumulation.counter, "audit", self.profile.audit)
