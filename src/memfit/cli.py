@@ -163,7 +163,10 @@ def train(
             _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.held is False:
-        _say("The measured peak is above what was promised; the losses are right. Please report the model.")
+        if result.is_first:
+            _say(
+                "The measured peak is above what was promised; the losses are right. Please report the model."
+            )
         raise typer.Exit(EXIT_BROKEN_PROMISE)
 
 
