@@ -1,4 +1,4 @@
-"""``memfit train`` on several processes: one of them is killed, the run is restarted, and the losses are the same."""
+"""``memfit train`` on several processes: one is killed, the run goes on, the losses are the same."""
 
 from __future__ import annotations
 
