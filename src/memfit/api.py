@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +32,8 @@ from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.profiling import profile, profile_job
+from memfit.runtime.ranks import Ranks
+from memfit.runtime.replicas import Engine, engine_of
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
@@ -116,31 +120,107 @@ def fit(
         UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
     """
-    job = Job(model, whole_loss(loss_fn, outputs_fn), batch, each_optimizer(optimizer) or None, batch_norm)
-    return _fitted(job, memory, micro_batch_size, count, profile, scaler)
+    engine = engine_of(model)
+    job = partial(_job, engine, loss_fn, outputs_fn, batch, optimizer, batch_norm)
+    return _step(engine, job, _Wanted(memory, micro_batch_size, count, profile, scaler))
 
 
-def _fitted(
-    job: Job,
-    memory: str | int | None,
-    micro_batch_size: int | None,
-    count: str | Counter | Mapping[str, str | Counter],
-    profile: Profile | None,
-    scaler: torch.amp.GradScaler | None,
-) -> Step:
-    """The step of a job: profiled, its accumulation proved where it is split, and planned."""
-    _check(count, profile, scaler)
+def _job(
+    engine: Engine,
+    loss_fn: LossFn | Callable[[Any, Any], Loss],
+    outputs_fn: OutputsFn | None,
+    batch: Any,
+    optimizer: Optimizers,
+    batch_norm: str,
+) -> Job:
+    """What is profiled: the module that runs without other ranks."""
+    loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
+    job = Job(engine.model, loss, batch, optimizers, batch_norm)
+    if engine.ranks.size > 1:
+        sizes = (*engine.held_sizes, engine.ranks.message_bytes)
+        job = job._replace(held_sizes=sizes, owns_gradients=engine.owns_gradients)
+    return job
+
+
+def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:
+    """The step of a job, on one process or several."""
+    fitted = _fitted if engine.ranks.size == 1 else _fitted_together
+    job, splitting, plan, profile, find = fitted(make, wanted, engine.ranks)
+    counter, is_two_pass = splitting.counter, splitting.is_two_pass
+    run = Accumulation(job.model, job.loss_fn, counter, is_two_pass, wanted.scaler, job.batch_norm)
+    return Step(run, plan, profile, optimizer=job.optimizer, find=find, engine=engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the user asked for beside the job."""
+
+    memory: str | int | None
+    micro_batch_size: int | None
+    count: str | Counter | Mapping[str, str | Counter]
+    profile: Profile | None
+    scaler: torch.amp.GradScaler | None
+
+
+class _Fitted(NamedTuple):
+    """What a step is made of; ``find`` plans again."""
+
+    job: Job
+    splitting: Splitting
+    plan: Plan
+    profile: Profile
+    find: Callable[[Profile], Plan]
+
+
+def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
+    """Profiled, its accumulation proved where the batch is split, and planned; on one process."""
+    _check(wanted)
+    job = make()
+    return _fitted_within(job, _checked(job, wanted), wanted)
+
+
+def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
+    """The same for several ranks: made on the one with most rows, within the least of all budgets."""
+    with ranks.together():
+        _check(wanted)
+        job = make()
+        own_bytes = _checked(job, wanted)
+        rows = rows_of(job.batch)
+    budget_bytes, root = int(ranks.least(own_bytes)), ranks.with_most(rows)
+
+    def made() -> str:
+        found = _fitted_within(job, budget_bytes, wanted)
+        found.splitting.refuse_ranks(found.profile, job.batch, ranks.size)
+        profile = found.splitting.settled(found.profile)
+        return json.dumps([found.plan.to_json(), profile.to_json()])
+
+    plan_text, profile_text = json.loads(ranks.made_by(root, made))
+    profile = Profile.from_json(profile_text)
+    with ranks.together():
+        audit = profile.audit if counter_named(wanted.count) is None else None
+        splitting = Splitting(job, wanted.count, limit_bytes=budget_bytes, audit=audit)
+    plan = Plan.from_json(plan_text)
+    return _Fitted(job, splitting, plan, profile, lambda now: splitting.find(now, budget_bytes))
+
+
+def _checked(job: Job, wanted: _Wanted) -> int:
+    """The budget in bytes of a job that can be profiled."""
     place = check_model(job.model)
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
-    budget_bytes = _budget_bytes(memory, place)
-    rows = rows_of(job.batch)
+    return _budget_bytes(wanted.memory, place)
+
+
+def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
+    """The job, profiled, proved and planned."""
+    micro_batch_size, count, stored = wanted.micro_batch_size, wanted.count, wanted.profile
+    place, rows = next(job.model.parameters()).device, rows_of(job.batch)
     check_micro_batch_size(micro_batch_size, rows)
     micro_batch_size = size_for_graphs(job.model, place, rows, micro_batch_size)
     audit = None
     if micro_batch_size is None or micro_batch_size < rows or count == COUPLED:
         largest_bytes = copy_bytes(job.model, budget_bytes)
-        job, audit = in_two_passes(job, count, profile, largest_copy_bytes=largest_bytes)
-    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile, audit=audit)
+        job, audit = in_two_passes(job, count, stored, largest_copy_bytes=largest_bytes)
+    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=stored, audit=audit)
     if micro_batch_size is not None and micro_batch_size < rows:
         splitting.demand(job.batch, micro_batch_size)
 
@@ -151,32 +231,25 @@ def _fitted(
     def find(current: Profile, example: Any = None) -> Plan:
         return splitting.find(current, budget_bytes, example)
 
-    profile = profiled_within(budget_bytes, profile)
+    profile = profiled_within(budget_bytes, stored)
     _bar_coupled(profile, splitting)
     _bar_graphs(job.model, place, splitting)
     free_bytes = device_memory(place)[0]
     plan, profile = _planned(profile, lambda current: find(current, job.batch), profiled_within, free_bytes)
-    run = Accumulation(
-        job.model, job.loss_fn, splitting.counter, splitting.is_two_pass, scaler, job.batch_norm
-    )
-    return Step(run, plan, splitting.settled(profile), optimizer=job.optimizer, find=find)
+    return _Fitted(job, splitting, plan, splitting.settled(profile), find)
 
 
-def _check(
-    count: str | Counter | Mapping[str, str | Counter],
-    profile: Profile | None,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def _check(wanted: _Wanted) -> None:
     """Refuses, before anything runs, what would fail at the first step.
 
     Raises:
         TypeError, ValueError: One of them is not as :func:`fit` has it.
     """
-    counter_named(count)
-    if profile is not None:
-        check_type("profile", profile, Profile, "a memfit.Profile, such as step.profile")
-    if scaler is not None:
-        check_type("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
+    counter_named(wanted.count)
+    if wanted.profile is not None:
+        check_type("profile", wanted.profile, Profile, "a memfit.Profile, such as step.profile")
+    if wanted.scaler is not None:
+        check_type("scaler", wanted.scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
 
 
 def _bar_coupled(profile: Profile, splitting: Splitting) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts
+from memfit.core.graph import without_gradients
 from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_type
 from memfit.runtime.batch import split, tensors_of
@@ -28,6 +29,8 @@ class Job(NamedTuple):
     """A model with its loss and batch: what is profiled. Several optimizers step one after the other.
 
     ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    ``held_sizes``: Bytes of blocks that are there throughout beside the parameters (DDP's buckets); with
+    ``owns_gradients`` the gradients lie in them in the end.
     """
 
     model: nn.Module
@@ -36,6 +39,8 @@ class Job(NamedTuple):
     optimizer: Optimizers
     batch_norm: str = "exact"
     is_two_pass: bool = False
+    held_sizes: tuple[int, ...] = ()
+    owns_gradients: bool = False
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -100,6 +105,8 @@ def record_part(
             gradients_resident=resident,
             hold_saved=hold_saved,
         )
+    if job.owns_gradients and not resident:
+        recording = recording._replace(graph=without_gradients(recording.graph))
     if job.batch_norm != "ghost":
         return recording
     coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))

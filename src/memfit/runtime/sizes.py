@@ -259,9 +259,11 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     """What is alive throughout; gradients as they are now."""
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     place = next(job.model.parameters()).device
-    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()])
+    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()]) + job.held_sizes
     gradient_sizes = resident_sizes(gradients)
     summed_sizes = _summed_sizes(job)
+    if job.owns_gradients:  # they are in what is held, once micro-batches have been added up
+        gradient_sizes = ()
     inputs = [t for _, t in tensors_of(batch) if t.device == place]
     batch_sizes = resident_sizes(inputs) + tuple(t.nbytes for t in inputs if t.requires_grad)  # and .grad
     return Residents(
