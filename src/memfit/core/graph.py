@@ -26,6 +26,7 @@ from memfit.core.audit import Audit
 from memfit.core.basis import Basis
 
 FORMAT = 3
+COMMUNICATION = "communication"  # the frame of what other processes have a part in: no op of the model
 
 
 class OpKey(NamedTuple):

@@ -20,6 +20,8 @@ from memfit.runtime.precision import empty_gradient
 from memfit.runtime.probe import Probe
 from memfit.runtime.record import Differentiable, Recording, record
 from memfit.runtime.rehearse import second_pass
+from memfit.runtime.shadows import shadowed
+from memfit.runtime.sharding import Sharding
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -27,7 +29,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 class Job(NamedTuple):
     """A model with its loss and batch: what is profiled. Several optimizers step one after the other.
 
-    ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    ``sharding``: how FSDP holds the model, see ``runtime/sharding.py``. ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Job(NamedTuple):
     optimizer: Optimizers
     batch_norm: str = "exact"
     is_two_pass: bool = False
+    sharding: Sharding | None = None
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -80,7 +83,10 @@ def record_part(
     def forward() -> Differentiable:
         return weighted_loss(job.model, job.loss_fn, part, weight)
 
-    with micro_batches(job.model, job.batch_norm, several=resident):
+    with (
+        micro_batches(job.model, job.batch_norm, several=resident),
+        shadowed(job.sharding, resident=resident),
+    ):
         gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
         if job.is_two_pass and resident:
             forward, seeds = second_pass(job.model, job.loss_fn, part)

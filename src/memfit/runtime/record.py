@@ -16,7 +16,9 @@ Note [Recording]
  7. A tensor that is used or saved and comes out of nowhere (``torch.tensor``) gets an op of its own. If it
     outlives the step it was there before, or is cached, and counts nothing. A number in place of a tensor
     is a tensor of 8 bytes that only autograd sees; it may save it, to the end of the backward.
- 8. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+ 8. What is communicated with other processes is never replayed, nor what is wanted where a replay of it has
+    no parameters (``core/barriers.py``).
+ 9. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
+from memfit.core.barriers import Stretch, with_barriers
+from memfit.core.graph import COMMUNICATION, LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.opinfo import (
@@ -110,6 +113,8 @@ class Recorder(TorchDispatchMode):
         self.signatures: list[tuple[object, ...]] = []
         self.coupled: list[str] = []
         self.save_frames: list[str] = []
+        self.op_stretches: list[Stretch] = []
+        self.save_stretches: list[Stretch] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
         self.changed: list[nn.Parameter] = []
         self.appeared: dict[int, int] = {}
@@ -174,6 +179,7 @@ class Recorder(TorchDispatchMode):
         """Appends the op with its new storages and values."""
         op = len(self.ops)
         self.log.append(LogEntry(LogKind.OP, op))
+        self.op_stretches.append(self._sites.current.stretch)
         external = any(_address(t) not in self._alive for t in written)
         overwrites, outputs, allocates = self._results(op, written, out)
         allocates += self._numbers(op, number_bytes(info, args) if self.place == "cpu" else 0)
@@ -199,6 +205,7 @@ class Recorder(TorchDispatchMode):
                 is_random=random,
                 is_replayable=self.is_forward
                 and may_replay
+                and key.frame != COMMUNICATION
                 and plain
                 and not external
                 and bool(outputs)
@@ -280,6 +287,7 @@ class Recorder(TorchDispatchMode):
         op, frame = len(self.ops), self._sites.current.name if self.is_forward else self.owner
         storage = self._watch(tensor)
         self.appeared[op] = storage
+        self.op_stretches.append(self._sites.current.stretch)
         self.log.append(LogEntry(LogKind.OP, op))
         self.ops.append(Op(OpKey(frame, "appears", op), allocates=(storage,)))
         self.signatures.append(("appears",))
@@ -314,6 +322,7 @@ class Recorder(TorchDispatchMode):
         index = len(self.saves)
         self.saves.append(Save(self._current[storage]))
         self.save_frames.append(self._sites.current.name)
+        self.save_stretches.append(self._sites.current.stretch)
         self.log.append(LogEntry(LogKind.PACK, index))
         if self._hold_saved:
             held = tensor.detach()  # with its graph, an output would hold the node that is to hold it
@@ -369,7 +378,7 @@ def record(
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
-        hold_saved: Keep saved tensors as a plain step does, see Note 8.
+        hold_saved: Keep saved tensors as a plain step does, see Note 9.
     """
     with CallSites[None](model, {}) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
@@ -467,6 +476,7 @@ def _finish(
         log=tuple(recorder.log),
         coupled=tuple(dict.fromkeys(recorder.coupled)),
     )
+    graph = with_barriers(graph, recorder.op_stretches, recorder.save_stretches)
     return Recording(
         sum_in_place(graph, recorder.owning_sums),
         tuple(recorder.signatures),
