@@ -16,6 +16,7 @@ Note [Sharding]
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from memfit.errors import UnsupportedModel
 from memfit.runtime.meter import resident_sizes
 
 REDUCED_BYTES_PER_S = 10e9
+_MOST_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +272,45 @@ def gradients_kept_whole(sharding: Sharding | None, *, is_last: bool) -> Iterato
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def settled(sharding: Sharding | None) -> Iterator[None]:
+    """In the body every collective has let go of its buffers when it returns.
+
+    Gloo's thread may hold them for some microseconds more, and what it then releases last is not seen by a
+    ``PeakMeter`` (``runtime/meter.py``, Rule 4).
+    """
+    states = {} if sharding is None or not sharding.groups[0].is_copied else _states(sharding.model)
+    groups = [group for state in states.values() for group in _groups_of(state)]
+    former = [(group, group._all_gather_comm, group._reduce_scatter_comm) for group in groups]
+    try:
+        for group, gather, reduce in former:
+            group._all_gather_comm, group._reduce_scatter_comm = _Settled(gather), _Settled(reduce)
+        yield
+    finally:
+        for group, gather, reduce in former:
+            group._all_gather_comm, group._reduce_scatter_comm = gather, reduce
+
+
+class _Settled:
+    """A collective of FSDP that waits until nobody else holds its buffers."""
+
+    def __init__(self, communicate: Any) -> None:
+        self._communicate = communicate
+        self.allocate = communicate.allocate
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **settings: Any) -> Any:
+        """The same, a moment later."""
+        buffers = [tensor.untyped_storage() for tensor in (output_tensor, input_tensor)]
+        before = [_holders(buffer) for buffer in buffers]
+        done = self._communicate(output_tensor=output_tensor, input_tensor=input_tensor, **settings)
+        until_s = time.perf_counter() + _MOST_WAIT_S
+        while [_holders(buffer) for buffer in buffers] > before and time.perf_counter() < until_s:
+            time.sleep(0)
+        return done
+
+
+def _holders(buffer: torch.UntypedStorage) -> int:
+    """How many hold a storage."""
+    return int(torch._C._storage_Use_Count(buffer._cdata))
