@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,12 +25,14 @@ from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.count import COUPLED, Counter, counter_named
+from memfit.runtime.engines import engine_of
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
+from memfit.runtime.ranks import Ranks
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
@@ -114,30 +117,128 @@ def fit(
         UnsupportedModel: The model is on several devices, or a layer cannot be as ``batch_norm`` says.
         ValueError, TypeError: Something is not as described above.
     """
-    job = Job(model, whole_loss(loss_fn, outputs_fn), batch, each_optimizer(optimizer) or None, batch_norm)
-    return _fitted(job, memory, micro_batch_size, count, profile, scaler)
+    engine = engine_of(model)
+    wanted = _Wanted(memory, micro_batch_size, count, profile)
+
+    def job() -> Job:
+        _check(count, profile, scaler)
+        loss = whole_loss(loss_fn, outputs_fn)
+        optimizers = each_optimizer(optimizer) or None
+        held = engine.held_sizes, engine.owns_gradients
+        return Job(engine.model, loss, batch, optimizers, batch_norm, False, *held, engine.sharding)
+
+    fitted = _fitted if engine.ranks.size == 1 else _fitted_together
+    found = fitted(job, wanted, engine.ranks)
+    job_, splitting, plan, profile, find = found
+    engine.sharding = job_.sharding
+    run = Accumulation(
+        engine.model,
+        job_.loss_fn,
+        splitting.counter,
+        splitting.is_two_pass,
+        scaler,
+        batch_norm,
+        job_.sharding,
+    )
+    return Step(run, plan, profile, optimizer=job_.optimizer, find=find, engine=engine)
 
 
-def _fitted(
-    job: Job,
-    memory: str | int | None,
-    micro_batch_size: int | None,
-    count: str | Counter | Mapping[str, str | Counter],
-    profile: Profile | None,
-    scaler: torch.amp.GradScaler | None,
-) -> Step:
-    """The step of a job: profiled, its accumulation proved where it is split, and planned."""
-    _check(count, profile, scaler)
+class _Wanted(NamedTuple):
+    """What the user asked for beside the job."""
+
+    memory: str | int | None
+    micro_batch_size: int | None
+    count: str | Counter | Mapping[str, str | Counter]
+    profile: Profile | None
+
+
+class _Fitted(NamedTuple):
+    """What a step is made of; ``find`` plans again."""
+
+    job: Job
+    splitting: Splitting
+    plan: Plan
+    profile: Profile
+    find: Callable[[Profile], Plan]
+
+
+def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
+    """Profiled, its accumulation proved where the batch is split, and planned; on one process."""
+    job = make()
+    return _fitted_sharded(job, _checked(job, wanted), wanted)
+
+
+def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
+    """The same for several ranks: made on the one with most rows, within the least of all budgets."""
+    with ranks.together():
+        job = make()
+        own_bytes = _checked(job, wanted)
+        rows = rows_of(job.batch)
+    budget_bytes, root = int(ranks.least(own_bytes)), ranks.with_most(rows)
+
+    def made() -> str:
+        found = _fitted_sharded(job, budget_bytes, wanted)
+        found.splitting.refuse_ranks(found.profile, job.batch, ranks.size)
+        profile = found.splitting.settled(found.profile)
+        return json.dumps([found.plan.to_json(), profile.to_json(), _reduces_once(found.job)])
+
+    plan_text, profile_text, reduces_once = json.loads(ranks.made_by(root, made))
+    profile = Profile.from_json(profile_text)
+    job = _reducing(job, once=reduces_once)
+    with ranks.together():
+        audit = profile.audit if counter_named(wanted.count) is None else None
+        splitting = Splitting(job, wanted.count, limit_bytes=budget_bytes, audit=audit)
+    plan = Plan.from_json(plan_text)
+    return _Fitted(job, splitting, plan, profile, lambda now: splitting.find(now, budget_bytes))
+
+
+def _checked(job: Job, wanted: _Wanted) -> int:
+    """The budget in bytes of a job that can be profiled."""
     place = check_model(job.model)
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
-    budget_bytes = _budget_bytes(memory, place)
+    return _budget_bytes(wanted.memory, place)
+
+
+def _fitted_sharded(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
+    """The quicker of both ways to reduce gradients that fits, where FSDP has the choice."""
+    found = _fitted_within(job, budget_bytes, wanted)
+    steps = found.plan.gradient_accumulation_steps
+    if found.job.sharding is None or steps == 1 or not found.job.sharding.may_reduce_once:
+        return found
+    try:
+        other = _fitted_within(_reducing(job, once=True), budget_bytes, wanted)
+    except InfeasibleBudget:
+        return found
+    return min(other, found, key=_with_communication_s)
+
+
+def _with_communication_s(found: _Fitted) -> float:
+    """Seconds of a step and of what it reduces."""
+    assert found.job.sharding is not None
+    steps = found.plan.gradient_accumulation_steps
+    return found.plan.predicted_step_s + found.job.sharding.reduce_s(steps)
+
+
+def _reduces_once(job: Job) -> bool:
+    """Whether FSDP reduces gradients only after the last micro-batch."""
+    return job.sharding is not None and job.sharding.reduces_once
+
+
+def _reducing(job: Job, *, once: bool) -> Job:
+    """The job with gradients reduced after the last micro-batch, or after each."""
+    return job if job.sharding is None else job._replace(sharding=replace(job.sharding, reduces_once=once))
+
+
+def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
+    """The job, profiled, proved and planned."""
+    _, micro_batch_size, count, stored = wanted
     rows = rows_of(job.batch)
     check_micro_batch_size(micro_batch_size, rows)
     audit = None
     if micro_batch_size is None or micro_batch_size < rows or count == COUPLED:
         largest_bytes = copy_bytes(job.model, budget_bytes)
-        job, audit = in_two_passes(job, count, profile, largest_copy_bytes=largest_bytes)
-    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=profile, audit=audit)
+        job, audit = in_two_passes(job, count, stored, largest_copy_bytes=largest_bytes)
+    splitting = Splitting(job, count, limit_bytes=budget_bytes, stored=stored, audit=audit)
     if micro_batch_size is not None and micro_batch_size < rows:
         splitting.demand(job.batch, micro_batch_size)
 
@@ -148,14 +249,11 @@ def _fitted(
     def find(current: Profile, example: Any = None) -> Plan:
         return splitting.find(current, budget_bytes, example)
 
-    profile = profiled_within(budget_bytes, profile)
+    profile = profiled_within(budget_bytes, stored)
     _bar_coupled(profile, splitting)
-    free_bytes = device_memory(place)[0]
+    free_bytes = device_memory(next(job.model.parameters()).device)[0]
     plan, profile = _planned(profile, lambda current: find(current, job.batch), profiled_within, free_bytes)
-    run = Accumulation(
-        job.model, job.loss_fn, splitting.counter, splitting.is_two_pass, scaler, job.batch_norm
-    )
-    return Step(run, plan, splitting.settled(profile), optimizer=job.optimizer, find=find)
+    return _Fitted(job, splitting, plan, splitting.settled(profile), find)
 
 
 def _check(

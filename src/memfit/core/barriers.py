@@ -26,7 +26,9 @@ def is_there(made_in: Stretch, wanted_in: Stretch) -> bool:
     return wanted_in[: len(made_in)] == made_in
 
 
-def barriers(graph: StepGraph, op_stretches: Sequence[Stretch], save_stretches: Sequence[Stretch]) -> set[int]:
+def barriers(
+    graph: StepGraph, op_stretches: Sequence[Stretch], save_stretches: Sequence[Stretch]
+) -> set[int]:
     """The values that must be kept.
 
     Args:

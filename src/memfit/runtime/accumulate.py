@@ -1,4 +1,4 @@
-"""Adds up the gradients of the micro-batches of one effective batch."""
+"""Adds up the gradients of the micro-batches of one effective batch, on one process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Accumulation:
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
             with micro_batches(self.model, self.batch_norm, several=False):
-                return self._run_part(parts[0], None, decisions)
+                return self.run_part(parts[0], None, decisions)
         if self.counter is None and not self.is_two_pass:
             raise InexactAccumulation(
                 f"the batch has {rows_of(batch)} rows and the plan keeps {micro_batch_size} whole, "
@@ -80,13 +80,13 @@ class Accumulation:
         total: Weighed | None = None
         weighted = list(zip(parts, weights(self.counter, parts), strict=True))
         # No valid label: its mean is not a number, its share is nothing.
-        weighted = [(part, weight) for part, weight in weighted if not _is_nothing(weight)]
+        weighted = [(part, weight) for part, weight in weighted if not is_nothing(weight)]
         with micro_batches(self.model, self.batch_norm, several=True) as begin:
             for number, (part, weight) in enumerate(weighted, 1):
                 begin()
                 with gradients_kept_whole(self.sharding, is_last=number == len(weighted)):
-                    loss = self._run_part(part, weight, decisions)
-                total = loss if total is None else _sum(total, loss)
+                    loss = self.run_part(part, weight, decisions)
+                total = loss if total is None else sum_of(total, loss)
         assert total is not None
         return total
 
@@ -97,22 +97,27 @@ class Accumulation:
             return [batch]
         return split(batch, parts_for(rows, min(rows, micro_batch_size)))
 
-    def _run_part(self, part: Any, weight: Weight, decisions: Decisions) -> Weighed:
-        """Forward under the plan, then backward. Without a plan no mode is entered."""
+    def run_part(self, part: Any, weight: Weight, decisions: Decisions) -> Weighed:
+        """Forward under the plan, then backward."""
+        loss = self.forward(part, weight, decisions)
+        loss.backward(self.scaler)
+        return loss._replace(total=alone(loss.total))
+
+    def forward(self, part: Any, weight: Weight, decisions: Decisions) -> Weighed:
+        """The loss of a part in its graph. Without a plan no mode is entered."""
         with Replayer(self.model, decisions) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
         if isinstance(self.counter, Mapping) and isinstance(weight, Mapping):  # an audit's may have ended
             refuse_no_such_term(loss.terms, weight)
-        loss.backward(self.scaler)
-        return loss._replace(total=alone(loss.total))
+        return loss
 
 
-def _is_nothing(weight: Weight) -> bool:
+def is_nothing(weight: Weight) -> bool:
     """Whether no part of the loss counts."""
     return not any(weight.values()) if isinstance(weight, Mapping) else weight == 0
 
 
-def _sum(one: Weighed, other: Weighed) -> Weighed:
+def sum_of(one: Weighed, other: Weighed) -> Weighed:
     """The sum of two losses, term by term."""
     terms = dict(one.terms)
     for name, term in other.terms.items():

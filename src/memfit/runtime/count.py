@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -49,8 +49,34 @@ NAMED: Final[Mapping[str, Counter]] = {
 _CHOICES: Final = ("auto", COUPLED)
 
 
+class Alike(NamedTuple):
+    """The counter in use, and another one that counted like it so far."""
+
+    name: str
+    counter: Counter
+    other_name: str
+    other: Counter
+
+    def refusal(self) -> InexactAccumulation:
+        """The error of a batch in which they differ."""
+        return InexactAccumulation(
+            f"it is not known whether the loss is a mean over {self.name} or over {self.other_name}: "
+            "they counted alike in the example batch, and do not in this one. Say which with count=, "
+            "or fit with a batch in which they differ",
+            owner="batch",
+        )
+
+
 class Weigher:
-    """A counter that must see all parts of a batch at once."""
+    """A counter that must see all parts of a batch at once.
+
+    Attributes:
+        known: What it counts by; None as long as that is not known.
+        alike: Others that have counted alike.
+    """
+
+    known: Counter | Mapping[str, Counter] | None = None
+    alike: Sequence[Alike] = ()
 
     def __call__(self, part: Any) -> float:
         """Not known for one part alone."""
@@ -71,26 +97,46 @@ def weights(counter: Counter | Mapping[str, Counter], parts: Sequence[Any]) -> l
         return counter.weights(parts)
     if not isinstance(counter, Mapping):
         return [*shares(counter, parts)]
-    columns = {name: shares(one, parts, f" of the term {name!r}") for name, one in counter.items()}
+    columns = {name: shares(one, parts, name) for name, one in counter.items()}
     return [{name: column[part] for name, column in columns.items()} for part in range(len(parts))]
 
 
 def shares(counter: Counter, parts: Sequence[Any], whose: str = "") -> list[float]:
-    """The share of each part in all that a counter counts."""
+    """The share of each part in all that a counter counts; ``whose`` term it is, if there are several."""
     if counter is one:
         return [1.0] * len(parts)
+    counts = counts_of(counter, parts, whose)
+    total = sum(counts)
+    if total == 0:
+        raise nothing_to_count(whose)
+    return [count / total for count in counts]
+
+
+def counts_of(counter: Counter, parts: Sequence[Any], whose: str = "") -> list[float]:
+    """What a counter counts in each part.
+
+    Raises:
+        ValueError: Something negative, or no number.
+    """
     counts = [float(counter(part)) for part in parts]
     if any(not count >= 0 or count == float("inf") for count in counts):
         raise ValueError(
-            f"count{whose} gave {counts} for the micro-batches: each must be a number of at least 0"
+            f"{_count(whose)} gave {counts} for the micro-batches: each must be a number of at least 0"
         )
-    total = sum(counts)
-    if total == 0:
-        raise ValueError(
-            f"count{whose} gave 0 for the whole batch, so its mean loss is not defined: leave out batches "
-            "without a valid label"
-        )
-    return [count / total for count in counts]
+    return counts
+
+
+def nothing_to_count(whose: str = "") -> ValueError:
+    """The error of a batch of which a mean is not defined."""
+    return ValueError(
+        f"{_count(whose)} gave 0 for the whole batch, so its mean loss is not defined: leave out batches "
+        "without a valid label"
+    )
+
+
+def _count(whose: str) -> str:
+    """The argument, with the name of the term."""
+    return f"count of the term {whose!r}" if whose else "count"
 
 
 def counter_named(

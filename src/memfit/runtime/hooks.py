@@ -28,6 +28,7 @@ from memfit.errors import InexactAccumulation, UnsupportedModel
 from memfit.runtime.micro import backward
 
 Named = Iterable[tuple[str, Tensor]]
+Sums = list[tuple[Tensor, Tensor]]  # leaves, and what is to be added to their gradients
 _Hooks = dict[int, Callable[[Tensor], Tensor | None]]
 
 
@@ -39,6 +40,23 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
         UnsupportedModel: One of them has a hook that follows each accumulation.
         InexactAccumulation: The body registers a hook.
     """
+    with sums_of_parts(tensors) as sums:
+        yield
+    start = handed_over(sums)
+    if start is not None:
+        backward(start)
+
+
+@contextmanager
+def sums_of_parts(tensors: Named, *, of_all: bool = False) -> Iterator[Sums]:
+    """The body adds up the gradients of parts. The value has their sums afterwards, for :func:`handed_over`.
+
+    Args:
+        of_all: Those of leaves without a hook are taken too, with what their ``.grad`` was before.
+
+    Raises:
+        UnsupportedModel, InexactAccumulation: As :func:`hooks_at_the_end`.
+    """
     wanted = {id(t): (name, t) for name, t in tensors if t.requires_grad and t.is_leaf}  # each once
     leaves = [*wanted.values()]
     for name, leaf in leaves:
@@ -49,9 +67,10 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
     for leaf in hooked:
         leaf.grad = None
     sums: list[Tensor | None] = []
+    given: Sums = []
     try:
         with silenced(hooked) as order:
-            yield
+            yield given
         sums = [leaf.grad for leaf in hooked]
     finally:
         for leaf, gradient in zip(hooked, former, strict=True):
@@ -60,9 +79,17 @@ def hooks_at_the_end(tensors: Named) -> Iterator[None]:
     for name, leaf in leaves:
         _refuse_new_hooks(name, set(leaf._backward_hooks or ()) - known[name])
     order |= dict.fromkeys(range(len(hooked)))  # the body may have removed the hooks of some
-    given = [(hooked[i], gradient) for i in order if (gradient := sums[i]) is not None]
-    sums.clear()
-    _hand_over(given)
+    given += [(hooked[i], gradient) for i in order if (gradient := sums[i]) is not None]
+    if of_all:
+        given += _taken(leaf for _, leaf in leaves if not leaf._backward_hooks)
+
+
+def _taken(leaves: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The gradients of leaves, which have none afterwards."""
+    for leaf in leaves:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            yield leaf, gradient
 
 
 @contextmanager
@@ -107,16 +134,17 @@ def _refuse_new_hooks(name: str, new: set[int]) -> None:
         )
 
 
-def _hand_over(given: list[tuple[Tensor, Tensor]]) -> None:
-    """Adds gradients to those of leaves as one backward would, in this order, hooks included."""
+def handed_over(given: Sums) -> Tensor | None:
+    """A number whose backward adds gradients to those of leaves as one backward would, in this order.
+
+    Hooks run then, with all else that waits for a gradient. ``given`` is emptied.
+    """
     start: Tensor | None = None
     while given:
         leaf, gradient = given.pop()
         with torch.enable_grad():
             start = _HandOver.apply([gradient], leaf, start)  # type: ignore[no-untyped-call]
-    if start is not None:
-        del leaf, gradient
-        backward(start)
+    return start
 
 
 class _HandOver(Function):

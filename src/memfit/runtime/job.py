@@ -29,7 +29,10 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 class Job(NamedTuple):
     """A model with its loss and batch: what is profiled. Several optimizers step one after the other.
 
-    ``sharding``: how FSDP holds the model, see ``runtime/sharding.py``. ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
+    ``held_sizes``: Bytes of blocks that are there throughout beside the parameters (DDP's buckets); with
+    ``owns_gradients`` the gradients lie in them in the end.
+    ``sharding``: how FSDP holds the model, see ``runtime/sharding.py``.
     """
 
     model: nn.Module
@@ -38,6 +41,8 @@ class Job(NamedTuple):
     optimizer: Optimizers
     batch_norm: str = "exact"
     is_two_pass: bool = False
+    held_sizes: tuple[int, ...] = ()
+    owns_gradients: bool = False
     sharding: Sharding | None = None
 
 

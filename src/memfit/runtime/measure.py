@@ -82,9 +82,7 @@ def temporaries_at(
     return measured(run.graph, run.signatures, run.peaks)
 
 
-def measured_alone(
-    job: Job, place: torch.device, most_rows: int, free_bytes: float | None
-) -> list[Measured]:
+def measured_alone(job: Job, place: torch.device, most_rows: int, free_bytes: float | None) -> list[Measured]:
     """Every op of a step run alone at two or three numbers of rows, none at all of the step itself.
 
     For a model of which no rank has all parameters. Seconds are those of ops on an idle device.

@@ -54,6 +54,11 @@ def empty_gradient(parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=parameter.grad_dtype)
 
 
+def has_narrow(model: nn.Module) -> bool:
+    """Whether gradients of a parameter are added up in another type than they are kept in."""
+    return any(p.requires_grad and _is_narrow(p) for p in model.parameters())
+
+
 def _is_narrow(parameter: Tensor) -> bool:
     """Whether gradients of a parameter are kept in less than float32, and nobody chose another type."""
     dtype = parameter.dtype

@@ -40,7 +40,8 @@ class ShardedFaker(Faker):
         super().__init__(mode)
         self._types = {id(p): group.dtype for group in sharding.groups for p in group.parameters}
         self._pieces = Faker(mode)
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ranks = sharding.groups[0].ranks
 
     def _make(self, tensor: Tensor) -> Tensor:
         """A whole fake of a sharded tensor."""
@@ -52,15 +53,19 @@ class ShardedFaker(Faker):
         return nn.Parameter(whole, requires_grad=tensor.requires_grad)
 
     def piece(self, tensor: Tensor) -> Tensor:
-        """The fake of what lies on this rank."""
+        """The fake of what lies on the rank that has most of it, so that the plan fits all."""
         part = local(tensor)
         if part is tensor:
             return self._pieces(tensor)
-        if id(tensor) not in self._kept:
+        known = self._kept.get(id(tensor))
+        if known is None:
+            rows, *others = tensor.shape
+            with self.mode:
+                fake = torch.empty(-(-rows // self._ranks), *others, dtype=tensor.dtype, device=tensor.device)
             if isinstance(tensor, nn.Parameter):
-                part = nn.Parameter(part, requires_grad=tensor.requires_grad)
-            self._kept[id(tensor)] = part
-        return self._pieces(self._kept[id(tensor)])
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            known = self._kept[id(tensor)] = (tensor, fake)
+        return known[1]
 
 
 class _Pass:
@@ -255,7 +260,9 @@ def shadowed(sharding: Sharding | None, *, resident: bool) -> Iterator[None]:
         common.shadows.append(shadow)
         for handle in group.hooks:
             handle.remove()  # the tables are put back as they were when the model gets its own parameters
-        handles.append(group.module.register_forward_pre_hook(shadow.before_forward, prepend=True, with_kwargs=True))
+        handles.append(
+            group.module.register_forward_pre_hook(shadow.before_forward, prepend=True, with_kwargs=True)
+        )
         handles.append(group.module.register_forward_hook(shadow.after_forward))
     try:
         yield

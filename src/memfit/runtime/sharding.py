@@ -92,6 +92,11 @@ class Sharding:
         """Whether whole gradients are added up as they are, in no less than float32."""
         return all(group.dtype is None and not group.is_rounded for group in self.groups)
 
+    def free(self) -> None:
+        """Frees parameters that a forward without backward has left gathered."""
+        for state in _states(self.model).values():
+            state._modules[0].reshard()
+
     def reduce_s(self, micro_batches: int) -> float:
         """Seconds of communication that depend on the choice."""
         reduced_bytes = sum(sum(group.reduced_sizes) for group in self.groups)
@@ -233,7 +238,9 @@ def _check_state(name: str, state: Any) -> None:
         if any(p.offload_to_cpu for p in group.fsdp_params):
             raise _unsupported(name, "it is offloaded to the CPU", "leave offload_policy out")
         if any(p.is_dtensor for p in group.fsdp_params):
-            raise _unsupported(name, "its parameters are DTensor before fully_shard", "use no tensor parallelism")
+            raise _unsupported(
+                name, "its parameters are DTensor before fully_shard", "use no tensor parallelism"
+            )
         if any(p.fsdp_placement.dim or hasattr(p, "_extensions_data") for p in group.fsdp_params):
             raise _unsupported(name, "its pieces are not rows of plain tensors", "shard dimension 0")
         if _is_changed(group):
@@ -257,7 +264,9 @@ def _is_changed(group: Any) -> bool:
 
 def _unsupported(owner: str, why: str, cure: str) -> UnsupportedModel:
     """The refusal."""
-    return UnsupportedModel(f"memfit cannot plan '{owner}' under fully_shard: {why}. Cure: {cure}", owner=owner)
+    return UnsupportedModel(
+        f"memfit cannot plan '{owner}' under fully_shard: {why}. Cure: {cure}", owner=owner
+    )
 
 
 @contextmanager

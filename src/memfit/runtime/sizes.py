@@ -271,7 +271,7 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     """What is alive throughout; gradients as they are now."""
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     place = next(job.model.parameters()).device
-    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()])
+    parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()]) + job.held_sizes
     gradient_sizes = resident_sizes(gradients)
     summed_sizes = _summed_sizes(job)
     inputs = [t for _, t in tensors_of(batch) if t.device == place]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from memfit.errors import InexactAccumulation, InfeasibleBudget
 from memfit.runtime.audit import KEEP_WHOLE, LARGEST_COPY_BYTES, cures, undecided
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import map_tensors, rows_of, tensors_of
-from memfit.runtime.count import Counter, Weigher, counter_named, shares, weights
+from memfit.runtime.count import Alike, Counter, Weigher, counter_named, shares, weights
 from memfit.runtime.job import Job
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import Weight
@@ -71,8 +71,8 @@ class Splitting(Weigher):
         self._given = None if job.is_two_pass else counter_named(count)
         self._job = job._replace(batch=None)
         self._limit_bytes = limit_bytes
-        self._counter = self._given
-        self._alike: list[_Alike] = []
+        self.known = self._given
+        self.alike: list[Alike] = []
         self._barred: str | None = None
         self._bars = ""
         if audit is not None and not job.is_two_pass:
@@ -80,7 +80,7 @@ class Splitting(Weigher):
         elif self._given is None and stored is not None and _holds(stored, job):
             assert stored.audit is not None
             self._take(stored.audit, job.batch)
-            if self._counter is None and stored.audit.is_exact:
+            if self.known is None and stored.audit.is_exact:
                 self.audit = None  # its counter is not found: ask again
 
     def bar(self, owner: str, reason: str) -> None:
@@ -109,10 +109,34 @@ class Splitting(Weigher):
         """
         if self.is_two_pass:
             return
-        if self._barred is None and self._counter is None and self.audit is None:
+        if self._barred is None and self.known is None and self.audit is None:
             self._take(self._audited(batch), batch)
-        if self._barred is not None or self._counter is None:
+        if self._barred is not None or self.known is None:
             raise self._refusal(f"micro-batches of {micro_batch_size} of {rows_of(batch)} rows")
+
+    def refuse_ranks(self, profile: Profile, batch: Any, ranks: int) -> None:
+        """Proves that a batch may be one of several ranks', which are parts of a larger one.
+
+        Raises:
+            InexactAccumulation: It may not be.
+        """
+        across = f"the batches of {ranks} ranks"
+        if self.is_two_pass:
+            raise InexactAccumulation(
+                f"{across} cannot be added up exactly: the loss couples rows, and each rank sees its own "
+                "only: gather the outputs of all ranks in loss_fn yourself, or say count='rows' for the mean "
+                "of the ranks' own losses",
+                owner="loss_fn",
+            )
+        if self._barred is not None:
+            raise InexactAccumulation(
+                f"{across} cannot be added up exactly: {self._barred}: {', or '.join(cures(Kind.COUPLED_LAYER)[:-1])}",
+                owner=self._bars,
+            )
+        if self.known is None and self.audit is None:
+            self._prove(batch)
+        if self.known is None:
+            raise self._refusal(across)
 
     def find(self, profile: Profile, memory: int, batch: Any = None) -> Plan:
         """The best exact plan. Without a batch nothing new can be proved, and what is not proved stays whole.
@@ -132,9 +156,9 @@ class Splitting(Weigher):
                 refused = error
             if plan is not None and plan.gradient_accumulation_steps == 1:
                 return plan
-            if self._counter is None and self.audit is None and batch is not None:
+            if self.known is None and self.audit is None and batch is not None:
                 self._prove(batch)
-        if self._counter is not None and self._barred is None:
+        if self.known is not None and self._barred is None:
             if plan is None:
                 assert refused is not None
                 raise refused
@@ -168,14 +192,14 @@ class Splitting(Weigher):
         """A profile without the micro-batches that are known not to add up; it carries the audit."""
         if self.audit is not None:
             profile = replace(profile, audit=self.audit)
-        if self.is_two_pass or (self._barred is None and self._counter is not None):
+        if self.is_two_pass or (self._barred is None and self.known is not None):
             return profile
         whole = tuple(graph for graph in profile.graphs if graph.rows >= profile.rows)
         return replace(profile, graphs=whole or profile.graphs)
 
     def settled(self, profile: Profile) -> Profile:
         """The same, except that nothing is taken away as long as nothing was asked."""
-        is_open = self._barred is None and self._counter is None and self.audit is None
+        is_open = self._barred is None and self.known is None and self.audit is None
         return profile if is_open else self.allowed(profile)
 
     def weights(self, parts: Sequence[Any]) -> list[Weight]:
@@ -185,12 +209,12 @@ class Splitting(Weigher):
             InexactAccumulation: No weights are known, or two ways to count that were alike so far differ.
             ValueError: There is nothing to count.
         """
-        if self._counter is None and self.audit is None:
+        if self.known is None and self.audit is None:
             self._prove(_example(parts))
-        if self._counter is None or self._barred is not None:
+        if self.known is None or self._barred is not None:
             raise self._refusal(f"{sum(map(rows_of, parts))} rows in {len(parts)} parts")
         self._refuse_difference(parts)
-        return weights(self._counter, parts)
+        return weights(self.known, parts)
 
     # ---- the proof ---------------------------------------------------------------------------------
 
@@ -207,6 +231,11 @@ class Splitting(Weigher):
 
     def _audited(self, batch: Any) -> Audit:
         """The audit of a batch; layers that need not be exact do not count as mixing rows."""
+        if self._job.sharding is not None:
+            return undecided(
+                "the model is under fully_shard, so no rank has all of it to probe (say what the loss is a mean "
+                "over, count='labels' for instance; memfit.audit finds it out before fully_shard)"
+            )
         with by_rows(self._job.model, self._job.batch_norm):
             largest_bytes = copy_bytes(self._job.model, self._limit_bytes)
             job = self._job._replace(batch=batch)
@@ -219,27 +248,22 @@ class Splitting(Weigher):
         unknown = next((one for one in named.values() if one is not None and one not in known), None)
         if unknown is not None:
             found = undecided(f"'{unknown}' cannot be counted in this batch")
-        self.audit, self._counter, self._alike = found, None, []
+        self.audit, self.known, self.alike = found, None, []
         if not found.is_exact:
             return
         counters = {name: known[one] for name, one in named.items() if one is not None}
-        self._counter = counters if found.terms else counters[""]
+        self.known = counters if found.terms else counters[""]
         for name, audit in found.terms or (("", found),):
             if audit.counter is not None and audit.counter != SUM:
                 pairs = [(other, known[other]) for other in audit.alike if other in known]
-                self._alike += [_Alike(audit.counter, counters[name], *pair) for pair in pairs]
+                self.alike += [Alike(audit.counter, counters[name], *pair) for pair in pairs]
 
     def _refuse_difference(self, parts: Sequence[Any]) -> None:
         """See Note [Splitting] 3."""
-        for pair in self._alike:
+        for pair in self.alike:
             own, others = _shares(pair.counter, parts), _shares(pair.other, parts)
             if own is None or others is None or _differ(own, others):
-                raise InexactAccumulation(
-                    f"it is not known whether the loss is a mean over {pair.name} or over {pair.other_name}: "
-                    "they counted alike in the example batch, and do not in this one. Say which with count=, "
-                    "or fit with a batch in which they differ",
-                    owner="batch",
-                )
+                raise pair.refusal()
 
     def _refusal(self, what: str) -> InexactAccumulation:
         """Why something cannot be split, and what can be done."""
@@ -253,15 +277,6 @@ class Splitting(Weigher):
         return InexactAccumulation(
             f"{what} cannot be added up exactly: {self.audit.reason}: {told}", owner=self.audit.owner
         )
-
-
-class _Alike(NamedTuple):
-    """The counter in use, and another one that counted like it so far."""
-
-    name: str
-    counter: Counter
-    other_name: str
-    other: Counter
 
 
 def copy_bytes(model: nn.Module, limit_bytes: int) -> int:

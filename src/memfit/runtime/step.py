@@ -23,6 +23,13 @@ Note [Rescue]
     later steps.
  5. Where none is lower, the same plan runs once more, since memory has been given back.
  6. Where no plan is left, or something cannot be put back, the error itself is raised, with a note.
+
+Note [Ranks]
+ 1. Ranks run the same step in the same way, as ``runtime/together.py`` has it. Whether a step is metered or
+    timed on any rank is told in the meeting that opens it, and only then there is one more meeting after it.
+ 2. The highest peak of all ranks is held against the prediction, the slowest rank sets the seconds. Profile and
+    plan are the same on all: what is planned again is planned on rank 0.
+ 3. Where memory has run out on one rank before the gradients come together, all are rescued.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -46,10 +53,13 @@ from memfit.core.plan import Plan, find_plan
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.batch import rows_of, tensors_of
+from memfit.runtime.effective import Effective, Way, open_batch
+from memfit.runtime.engines import together_of
 from memfit.runtime.job import Optimizers, optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.replay import Decisions, decisions_of
+from memfit.runtime.replicas import Engine
 from memfit.runtime.rescue import is_out_of_memory, let_go_of_frames
 from memfit.units import format_bytes
 
@@ -143,6 +153,7 @@ class Step:
         *,
         optimizer: Optimizers,
         find: Callable[[Profile], Plan],
+        engine: Engine | None = None,
     ) -> None:
         self.plan = plan
         self.profile = profile
@@ -152,6 +163,10 @@ class Step:
         self._accumulation = accumulation
         self._optimizer = optimizer
         self._find = find
+        self._engine = engine or Engine(self._model)
+        self._ranks = self._engine.ranks
+        self._together = together_of(accumulation, self._engine)
+        self._effective: Effective | None = None
         self._decisions = decisions_of(plan.recompute, plan.levels)
         self._unverified = _VERIFIED_STEPS
         self._untimed = True
@@ -181,6 +196,36 @@ class Step:
             ValueError: The batch is empty, the loss is no scalar, or autograd is off.
             VerificationFailed: The peak broke the budget, and planning again could not mend it.
         """
+        before: Snapshot | None = None
+        failure: Exception | None = None
+        way, self._effective = Way(), None
+        try:
+            try:
+                way = self._way(batch)
+                before = self._snapshot(batch, is_complete=way.is_metered)
+            except Exception as error:
+                failure = error
+            way = self._open(batch, way, failure)
+            if way.is_metered:
+                assert before is not None
+                return self._run_verified(batch, before)
+            return self._run_timed(batch) if way.is_timed else self._run(batch)
+        except Exception as error:
+            if self._engine.is_broken or not self._engine.may_wait or not is_out_of_memory(error):
+                raise
+            out_of_memory = error
+        finally:
+            del failure  # it may hold this frame, and this frame would hold it
+        try:
+            return self._rescue(batch, before, out_of_memory)
+        finally:
+            del out_of_memory
+
+    def _way(self, batch: Any) -> Way:
+        """How a batch is to be run, as far as this rank knows."""
+        self._engine.check()
+        if self._engine.sharding is not None:
+            self._engine.sharding.free()
         items = sum(tensor.numel() for _, tensor in tensors_of(batch))
         if items > self._most_items:  # longer than any so far: what held for those may not hold for it
             self._most_items, self._unverified = items, max(1, self._unverified)
@@ -189,23 +234,23 @@ class Step:
         if circumstances != self._circumstances:  # what was promised was promised for others
             _log.warning("the step was planned for %s and runs with %s", self._circumstances, circumstances)
             self._circumstances, self._unverified = circumstances, max(1, self._unverified)
-        before: Snapshot | None = None
-        try:
-            is_verified = self._is_verified()
-            before = self._snapshot(batch, is_complete=is_verified)
-            if is_verified:
-                return self._run_verified(batch, before)
-            if self._untimed and rows_of(batch) == self.plan.rows and not _is_profiled():
-                return self._run_timed(batch)
-            return self._run(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            out_of_memory = error
-        try:
-            return self._rescue(batch, before, out_of_memory)
-        finally:
-            del out_of_memory  # it holds this frame, and this frame would hold it
+        if self._is_verified():
+            return Way(is_metered=True)
+        return Way(is_timed=self._untimed and rows_of(batch) == self.plan.rows and not _is_profiled())
+
+    def _open(self, batch: Any, way: Way, failure: Exception | None) -> Way:
+        """Opens the step on all ranks; how it is run there.
+
+        Raises:
+            Exception: What went wrong before, here or on another rank.
+        """
+        if self._together is None:
+            if failure is not None:
+                raise failure
+            return way
+        self._effective = open_batch(self._engine, self._accumulation.counter, batch, way, failure)
+        self._engine.begin()
+        return self._effective.way
 
     def _is_verified(self) -> bool:
         """Whether this step is metered; one fewer is to be then. There can be only one profiler."""
@@ -231,7 +276,7 @@ class Step:
         start_s = time.perf_counter()
         loss = self._run(batch)
         _wait(place)
-        measured_s = time.perf_counter() - start_s
+        measured_s = self._ranks.most(time.perf_counter() - start_s)
         update_s = self.profile.update_s
         factor = measured_s / max(self.plan.predicted_step_s - update_s, 1e-12)
         self.profile = at_speed(self.profile, factor)
@@ -245,7 +290,11 @@ class Step:
 
     def _run_under(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Tensor:
         """The batch under any plan."""
-        loss = self._accumulation.run(batch, micro_batch_size, decisions)
+        if self._together is None:
+            loss = self._accumulation.run(batch, micro_batch_size, decisions)
+        else:
+            assert self._effective is not None
+            loss = self._together.run(batch, micro_batch_size, decisions, self._effective)
         self.terms = loss.terms
         return loss.total
 
@@ -254,7 +303,8 @@ class Step:
     def _run_verified(self, batch: Any, before: Snapshot) -> Tensor:
         """A step under the meter; see Note [Promise]."""
         for attempt in range(1, _ATTEMPTS + 1):
-            loss, measured_bytes, retries = self._metered(batch, before)
+            loss, *own = self._metered(batch, before)
+            measured_bytes, retries = self._of_all(*own)
             self._written |= before.written()
             self.verdict = Verdict(
                 self.plan.predicted_peak_bytes, measured_bytes, self.plan.budget_bytes, attempt, retries
@@ -274,6 +324,7 @@ class Step:
             before.restore()
             if not mended:
                 break
+            self._engine.begin(again=True)
         assert self.verdict is not None
         raise VerificationFailed(
             f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. Give "
@@ -286,13 +337,24 @@ class Step:
     def _plan_again(self) -> bool:
         """Plans from the corrected profile; False where nothing fits any more."""
         try:
-            self.plan = self._find(self.profile)
+            self.plan = self._same_plan(lambda: self._find(self.profile))
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
             return False
         self.profile = replace(self.profile, audit=self.audit)
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
         return True
+
+    def _same_plan(self, find: Callable[[], Plan]) -> Plan:
+        """The plan that is found on rank 0: a solver that is out of time may find others elsewhere."""
+        if self._ranks.size == 1:
+            return find()
+        return Plan.from_json(self._ranks.made_by(0, lambda: find().to_json()))
+
+    def _of_all(self, measured_bytes: int, retries: int) -> tuple[int, int]:
+        """The most of all ranks."""
+        measured, retried = zip(*self._ranks.table([measured_bytes, retries]), strict=True)
+        return int(max(measured)), int(max(retried))
 
     def _metered(self, batch: Any, before: Snapshot) -> tuple[Tensor, int, int]:
         """The loss, the peak of everything on the device once the optimizer has stepped, and the retries.
@@ -310,8 +372,11 @@ class Step:
             level_bytes = torch.cuda.memory_allocated(place) - passing_bytes
         else:
             level_bytes = resident_bytes(present) + sum(before.lasting_sizes)
+            level_bytes += sum(self._engine.held_sizes)
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
-        with PeakMeter(place, held=gradients) as meter:
+        if _is_profiled():  # on this rank, and not on another, which measures
+            return self._run(batch), 0, 0
+        with self._engine.metered(), PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
 
@@ -333,11 +398,15 @@ class Step:
         failed, attempts = self.plan, 0
         let_go_of_frames(error)
         self._make_room()
-        if before is None:  # memory had run out before anything was changed
-            before = self._snapshot(batch)
-        _put_back(before, error)
-        lower = fallbacks(self.profile, failed)
-        for plan in chain([next(lower, failed)], lower):
+        with self._ranks.together():
+            if before is None:  # memory had run out before anything was changed
+                before = self._snapshot(batch)
+            _put_back(before, error)
+        if self._together is not None:
+            self._together.is_cautious = True
+            if self._effective is None:  # memory had run out before the step was opened
+                self._open(batch, Way(), None)
+        for plan in self._lower_plans(failed):
             attempts += 1
             loss = self._tried(batch, plan)
             if loss is not None:
@@ -345,7 +414,8 @@ class Step:
                 self.rescues.append(Rescue(_first_line(error), failed, self.plan, attempts))
                 _log.warning("%s.", self.rescues[-1])
                 return loss
-            _put_back(before, error)
+            with self._ranks.together():
+                _put_back(before, error)
         error.add_note(
             f"memfit ran the batch again under {attempts} plans, down to the least memory possible, and none "
             "had enough. Gradients, buffers and random numbers are as before the step: free memory and call "
@@ -353,10 +423,26 @@ class Step:
         )
         raise error
 
+    def _lower_plans(self, failed: Plan) -> Iterator[Plan]:
+        """The lower plans, the highest first; the same on all ranks."""
+        lower = fallbacks(self.profile, failed)
+        plans = chain([next(lower, failed)], lower) if self._ranks.rank == 0 else iter(())
+        if self._ranks.size == 1:
+            yield from plans
+            return
+
+        def following() -> str:
+            found = next(plans, None)
+            return "" if found is None else found.to_json()
+
+        while text := self._ranks.made_by(0, following):
+            yield Plan.from_json(text)
+
     def _tried(self, batch: Any, plan: Plan) -> Tensor | None:
         """The batch under a plan; None if memory has run out again."""
         try:
             decisions = decisions_of(plan.recompute, plan.levels)
+            self._engine.begin(again=True)
             return self._run_under(batch, plan.micro_batch_size, decisions)
         except InexactAccumulation as error:
             _log.info("no exact way to run micro-batches of %d rows: %s", plan.micro_batch_size, error)
