@@ -34,6 +34,7 @@ from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.ranks import Ranks
 from memfit.runtime.rowwise import in_two_passes
+from memfit.runtime.sharding import ONCE
 from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.terms import audit
@@ -200,7 +201,10 @@ def _checked(job: Job, wanted: _Wanted) -> int:
 
 
 def _fitted_sharded(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
-    """The quicker of both ways to reduce gradients that fits, where FSDP has the choice."""
+    """The quicker of both ways to reduce gradients that fits, where FSDP has the choice; a profile has one."""
+    if job.sharding is not None and wanted.profile is not None:
+        once = dict(wanted.profile.basis).get("sharding", "").endswith(ONCE)
+        return _fitted_within(_reducing(job, once=once), budget_bytes, wanted)
     found = _fitted_within(job, budget_bytes, wanted)
     steps = found.plan.gradient_accumulation_steps
     if found.job.sharding is None or steps == 1 or not found.job.sharding.may_reduce_once:

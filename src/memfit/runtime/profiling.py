@@ -95,10 +95,8 @@ def profile(
         UnsupportedModel: Parameters on several devices, or a layer cannot be as ``batch_norm`` says.
     """
     loss = whole_loss(loss_fn, outputs_fn)
-    is_two_pass = outputs_fn is not None
-    job = Job(
-        model, loss, batch, each_optimizer(optimizer) or None, batch_norm, is_two_pass, sharding_of(model)
-    )
+    job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm, outputs_fn is not None)
+    job = job._replace(sharding=sharding_of(model) if isinstance(model, nn.Module) else None)
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 

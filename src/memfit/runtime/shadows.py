@@ -84,7 +84,7 @@ class _Pass:
         """Lets :meth:`_end` follow the backward that is running."""
         if not self._is_queued:
             self._is_queued = True
-            Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
         """The backward is over."""

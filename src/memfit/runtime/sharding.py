@@ -8,7 +8,7 @@ Note [Sharding]
     ``runtime/shadows.py`` does the same with blocks of no content, beside fakes.
  3. With several micro-batches gradients are reduced after *each* of them, and added up in pieces; or *once*,
     and added up whole on each rank until the last. The first takes less memory, the second less
-    communication. Time is assumed to be the bytes that are reduced over 10 GB/s, overlapping nothing.
+    communication. A group is assumed to be reduced in 50 us and at 10 GB/s, overlapping nothing.
  4. FSDP takes the mean over the ranks, so each micro-batch weighs as many times more as there are ranks.
  5. What nobody could check here is refused by name (``check_sharding``), also what a recording would not see.
 """
@@ -31,7 +31,9 @@ from memfit.core.graph import Residents
 from memfit.errors import UnsupportedModel
 from memfit.runtime.meter import resident_sizes
 
+ONCE = "once"
 REDUCED_BYTES_PER_S = 10e9
+LATENCY_S = 5e-5
 _MOST_WAIT_S = 1.0
 
 
@@ -87,6 +89,15 @@ class Sharding:
     groups: tuple[Group, ...]
     reduces_once: bool = False
 
+    def __str__(self) -> str:
+        """What a plan depends on, without tensors."""
+        told = [
+            f"{g.name or 'model'} of {g.gathered_bytes} B on {g.ranks}{', freed' * g.is_freed}"
+            f"{', copied' * g.is_copied}, reduced in {g.reduced_dtype}"
+            for g in self.groups
+        ]
+        return f"{'; '.join(told)}, reduced {ONCE if self.reduces_once else 'each time'}"
+
     @property
     def may_reduce_once(self) -> bool:
         """Whether whole gradients are added up as they are, in no less than float32."""
@@ -99,8 +110,9 @@ class Sharding:
 
     def reduce_s(self, micro_batches: int) -> float:
         """Seconds of communication that depend on the choice."""
-        reduced_bytes = sum(sum(group.reduced_sizes) for group in self.groups)
-        return (1 if self.reduces_once else micro_batches) * reduced_bytes / REDUCED_BYTES_PER_S
+        sizes = [sum(group.reduced_sizes) for group in self.groups]
+        each_s = len(sizes) * LATENCY_S + sum(sizes) / REDUCED_BYTES_PER_S
+        return each_s * (1 if self.reduces_once else micro_batches)
 
     def residents(self, other: Residents) -> Residents:
         """What is alive throughout on this rank: pieces, where ``other`` counts whole parameters."""
