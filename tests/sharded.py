@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import memfit
+from memfit.core.timeline import droppable
+from memfit.runtime.accumulate import Accumulation
+from memfit.runtime.count import one
 from memfit.runtime.meter import PeakMeter, resident_bytes
+from memfit.runtime.replay import decisions_of
 from memfit.runtime.sharding import settled, sharding_of
 
 STEPS = 10
@@ -109,6 +112,7 @@ class Trained(NamedTuple):
     once: bool
     predicted_bytes: list[int]
     measured_bytes: list[int]
+    attempts: int
 
 
 def each_case(rank: int, ranks: int, cases: list[Case]) -> list[Trained]:
@@ -146,7 +150,8 @@ def _trained(rank: int, ranks: int, case: Case) -> Trained:
         optimizer.zero_grad()
     weights = [p.full_tensor().detach() for p in model.parameters()]
     once = step._accumulation.sharding.reduces_once
-    return Trained(losses, weights, step.plan, once, predicted, measured)
+    assert step.verdict is not None
+    return Trained(losses, weights, step.plan, once, predicted, measured, step.verdict.attempts)
 
 
 def _budget(profile: memfit.Profile, share: float | None) -> int:
@@ -181,3 +186,70 @@ def _metered(
         optimizer.step()
     peaks.append(level_bytes + meter.peak_bytes)
     return loss
+
+
+def at_each_plan(rank: int) -> list[float]:
+    """The worst relative error of gradients under plans made for the model without FSDP: every value dropped."""
+    plain, batch = net(torch.float64), batches(2, rank)[0]
+    graph = memfit.profile(plain, loss_of, batch, micro_batch_size=ROWS // 2).graphs[0]
+    everything = [graph.value_key(value) for value in droppable(graph)]
+    errors = []
+    for settings in ({}, {"reshard_after_forward": False}):
+        model = sharded(torch.float64, **settings)
+        run = Accumulation(model, loss_of, one, sharding=sharding_of(model))
+        found = []
+        for decisions in ({}, decisions_of(everything)):
+            run.run(batch, ROWS // 4, decisions)
+            found.append([p.grad.full_tensor() for p in model.parameters()])
+            model.zero_grad()
+        errors.append(max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)))
+    return errors
+
+
+def in_lower_precision(rank: int) -> list[tuple[int, int]]:
+    """Predicted and measured peaks of whole batches in bfloat16, reduced in it and in float32."""
+    found = []
+    for reduced in (None, torch.float32):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
+        model, batch = sharded(torch.float32, mp_policy=policy), batches(2, rank)[0]
+        step = memfit.fit(model, loss_of, batch, memory=1 << 40, micro_batch_size=2, count="rows")
+        step(batch)
+        assert step.verdict is not None
+        found.append((step.plan.predicted_peak_bytes, step.verdict.measured_peak_bytes))
+    return found
+
+
+def refusals(rank: int) -> list[str]:
+    """What each way of sharding that memfit does not know is told."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    part, quiet, ahead = Net(), sharded(torch.float32), sharded(torch.float32)
+    fully_shard(part.blocks[0])
+    quiet.set_requires_gradient_sync(False)
+    ahead.blocks[0].set_modules_to_forward_prefetch([ahead.blocks[1]])
+    models = [
+        part,
+        quiet,
+        ahead,
+        sharded(torch.bfloat16),
+        sharded(torch.float32, mesh=mesh),
+        sharded(torch.float32, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    ]
+    found = []
+    for model in models:
+        try:
+            sharding_of(model)
+        except memfit.UnsupportedModel as error:
+            found.append(str(error))
+    model, batch = sharded(torch.float32), batches(2, rank)[0]
+    nothing = batch | {"labels": torch.where(torch.arange(6)[:, None] > 2, batch["labels"], -100)}
+    for given, counted in ((batch, "auto"), (nothing, "labels")):
+        try:
+            memfit.fit(model, loss_of, given, memory=1 << 40, micro_batch_size=3, count=counted)(given)
+        except (memfit.InexactAccumulation, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+def everything(rank: int, cases: list[Case]) -> Any:
+    """All that two ranks are asked, in one start."""
+    return each_case(rank, 2, cases), at_each_plan(rank), in_lower_precision(rank), refusals(rank)

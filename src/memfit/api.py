@@ -213,14 +213,16 @@ def _fitted_sharded(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
         other = _fitted_within(_reducing(job, once=True), budget_bytes, wanted)
     except InfeasibleBudget:
         return found
-    return min(other, found, key=_with_communication_s)
+    one, two = found.plan, other.plan
+    # With as many micro-batches both do the same, but for what they recompute and communicate.
+    alike = one.gradient_accumulation_steps == two.gradient_accumulation_steps
 
+    def seconds(way: _Fitted) -> float:
+        assert way.job.sharding is not None
+        computed_s = way.plan.recompute_s if alike else way.plan.predicted_step_s
+        return computed_s + way.job.sharding.reduce_s(way.plan.gradient_accumulation_steps)
 
-def _with_communication_s(found: _Fitted) -> float:
-    """Seconds of a step and of what it reduces."""
-    assert found.job.sharding is not None
-    steps = found.plan.gradient_accumulation_steps
-    return found.plan.predicted_step_s + found.job.sharding.reduce_s(steps)
+    return min(other, found, key=seconds)
 
 
 def _reduces_once(job: Job) -> bool:
