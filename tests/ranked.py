@@ -19,7 +19,7 @@ def net(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def batches(steps: int, rows: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
-    """Whole batches; some labels do not count, more of them in the first rows, and the last batch is short."""
+    """Whole batches; some labels do not count, most of them in the first rows; the last batch is short."""
     made = torch.Generator().manual_seed(1)
     found = []
     for step in range(steps):

@@ -61,7 +61,8 @@ def sharded(dtype: torch.dtype, **settings: Any) -> nn.Module:
     model = net(dtype)
     for block in model.blocks:
         fully_shard(block, **settings)
-    return fully_shard(model, **{k: v for k, v in settings.items() if k != "reshard_after_forward"})
+    fully_shard(model, **{k: v for k, v in settings.items() if k != "reshard_after_forward"})
+    return model
 
 
 def batches(ranks: int = 1, rank: int = 0) -> list[dict[str, Tensor]]:
@@ -189,7 +190,7 @@ def _metered(
 
 
 def at_each_plan(rank: int) -> list[float]:
-    """The worst relative error of gradients under plans made for the model without FSDP: every value dropped."""
+    """The worst relative error of gradients under plans of the model without FSDP: every value dropped."""
     plain, batch = net(torch.float64), batches(2, rank)[0]
     graph = memfit.profile(plain, loss_of, batch, micro_batch_size=ROWS // 2).graphs[0]
     everything = [graph.value_key(value) for value in droppable(graph)]
@@ -222,7 +223,9 @@ def in_lower_precision(rank: int) -> list[tuple[int, int]]:
 def refusals(rank: int) -> list[str]:
     """What each way of sharding that memfit does not know is told."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
-    part, quiet, ahead = Net(), sharded(torch.float32), sharded(torch.float32)
+    part: Any = Net()
+    quiet: Any = sharded(torch.float32)
+    ahead: Any = sharded(torch.float32)
     fully_shard(part.blocks[0])
     quiet.set_requires_gradient_sync(False)
     ahead.blocks[0].set_modules_to_forward_prefetch([ahead.blocks[1]])

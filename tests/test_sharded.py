@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sharded
 import torch
+
+import sharded
 from processes import on_ranks
 from sharded import Case
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.opaque import compiled_part
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.ranks import Ranks
+from memfit.runtime.replicas import Engine
 from memfit.runtime.rowwise import in_two_passes
 from memfit.runtime.sharding import ONCE
 from memfit.runtime.splitting import Splitting, copy_bytes
@@ -119,38 +121,48 @@ def fit(
         ValueError, TypeError: Something is not as described above.
     """
     engine = engine_of(model)
-    wanted = _Wanted(memory, micro_batch_size, count, profile)
+    job = partial(_job, engine, loss_fn, outputs_fn, batch, optimizer, batch_norm)
+    return _step(engine, job, _Wanted(memory, micro_batch_size, count, profile, scaler))
 
-    def job() -> Job:
-        _check(count, profile, scaler)
-        loss = whole_loss(loss_fn, outputs_fn)
-        optimizers = each_optimizer(optimizer) or None
-        held = engine.held_sizes, engine.owns_gradients
-        return Job(engine.model, loss, batch, optimizers, batch_norm, False, *held, engine.sharding)
 
+def _job(
+    engine: Engine,
+    loss_fn: LossFn | Callable[[Any, Any], Loss],
+    outputs_fn: OutputsFn | None,
+    batch: Any,
+    optimizer: Optimizers,
+    batch_norm: str,
+) -> Job:
+    """What is profiled: the module that runs without other ranks."""
+    loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
+    job = Job(engine.model, loss, batch, optimizers, batch_norm, sharding=engine.sharding)
+    if engine.ranks.size > 1:
+        sizes = (*engine.held_sizes, engine.ranks.message_bytes)
+        job = job._replace(held_sizes=sizes, owns_gradients=engine.owns_gradients)
+    return job
+
+
+def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:
+    """The step of a job, on one process or several."""
     fitted = _fitted if engine.ranks.size == 1 else _fitted_together
-    found = fitted(job, wanted, engine.ranks)
-    job_, splitting, plan, profile, find = found
-    engine.sharding = job_.sharding
+    job, splitting, plan, profile, find = fitted(make, wanted, engine.ranks)
+    engine.sharding = job.sharding
+    counter, is_two_pass = splitting.counter, splitting.is_two_pass
     run = Accumulation(
-        engine.model,
-        job_.loss_fn,
-        splitting.counter,
-        splitting.is_two_pass,
-        scaler,
-        batch_norm,
-        job_.sharding,
+        job.model, job.loss_fn, counter, is_two_pass, wanted.scaler, job.batch_norm, job.sharding
     )
-    return Step(run, plan, profile, optimizer=job_.optimizer, find=find, engine=engine)
+    return Step(run, plan, profile, optimizer=job.optimizer, find=find, engine=engine)
 
 
-class _Wanted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Wanted:
     """What the user asked for beside the job."""
 
     memory: str | int | None
     micro_batch_size: int | None
     count: str | Counter | Mapping[str, str | Counter]
     profile: Profile | None
+    scaler: torch.amp.GradScaler | None
 
 
 class _Fitted(NamedTuple):
@@ -165,6 +177,7 @@ class _Fitted(NamedTuple):
 
 def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
     """Profiled, its accumulation proved where the batch is split, and planned; on one process."""
+    _check(wanted)
     job = make()
     return _fitted_sharded(job, _checked(job, wanted), wanted)
 
@@ -172,6 +185,7 @@ def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
 def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
     """The same for several ranks: made on the one with most rows, within the least of all budgets."""
     with ranks.together():
+        _check(wanted)
         job = make()
         own_bytes = _checked(job, wanted)
         rows = rows_of(job.batch)
@@ -201,28 +215,33 @@ def _checked(job: Job, wanted: _Wanted) -> int:
 
 
 def _fitted_sharded(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
-    """The quicker of both ways to reduce gradients that fits, where FSDP has the choice; a profile has one."""
-    if job.sharding is not None and wanted.profile is not None:
+    """The job, planned; under FSDP in the quicker of both ways to reduce gradients that fit."""
+    if job.sharding is None:
+        return _fitted_within(job, budget_bytes, wanted)
+    if wanted.profile is not None:  # it is of one way
         once = dict(wanted.profile.basis).get("sharding", "").endswith(ONCE)
         return _fitted_within(_reducing(job, once=once), budget_bytes, wanted)
-    found = _fitted_within(job, budget_bytes, wanted)
-    steps = found.plan.gradient_accumulation_steps
-    if found.job.sharding is None or steps == 1 or not found.job.sharding.may_reduce_once:
-        return found
-    try:
-        other = _fitted_within(_reducing(job, once=True), budget_bytes, wanted)
-    except InfeasibleBudget:
-        return found
-    one, two = found.plan, other.plan
+    found: list[_Fitted] = []
+    refused: list[InfeasibleBudget] = []
+    for once in (False, True) if job.sharding.may_reduce_once else (False,):
+        try:
+            found.append(_fitted_within(_reducing(job, once=once), budget_bytes, wanted))
+        except InfeasibleBudget as error:
+            refused.append(error)
+        if found and found[0].plan.gradient_accumulation_steps == 1:
+            break
+    if not found:
+        raise min(refused, key=lambda error: error.needed_bytes)
     # With as many micro-batches both do the same, but for what they recompute and communicate.
-    alike = one.gradient_accumulation_steps == two.gradient_accumulation_steps
+    alike = len({way.plan.gradient_accumulation_steps for way in found}) == 1
+    return min(found, key=partial(_seconds, alike=alike))
 
-    def seconds(way: _Fitted) -> float:
-        assert way.job.sharding is not None
-        computed_s = way.plan.recompute_s if alike else way.plan.predicted_step_s
-        return computed_s + way.job.sharding.reduce_s(way.plan.gradient_accumulation_steps)
 
-    return min(other, found, key=seconds)
+def _seconds(way: _Fitted, *, alike: bool) -> float:
+    """Seconds in which ways to reduce gradients differ."""
+    assert way.job.sharding is not None
+    computed_s = way.plan.recompute_s if alike else way.plan.predicted_step_s
+    return computed_s + way.job.sharding.reduce_s(way.plan.gradient_accumulation_steps)
 
 
 def _reduces_once(job: Job) -> bool:
@@ -237,7 +256,7 @@ def _reducing(job: Job, *, once: bool) -> Job:
 
 def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
     """The job, profiled, proved and planned."""
-    _, micro_batch_size, count, stored = wanted
+    micro_batch_size, count, stored = wanted.micro_batch_size, wanted.count, wanted.profile
     rows = rows_of(job.batch)
     check_micro_batch_size(micro_batch_size, rows)
     audit = None
@@ -262,21 +281,17 @@ def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
     return _Fitted(job, splitting, plan, splitting.settled(profile), find)
 
 
-def _check(
-    count: str | Counter | Mapping[str, str | Counter],
-    profile: Profile | None,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def _check(wanted: _Wanted) -> None:
     """Refuses, before anything runs, what would fail at the first step.
 
     Raises:
         TypeError, ValueError: One of them is not as :func:`fit` has it.
     """
-    counter_named(count)
-    if profile is not None:
-        check_type("profile", profile, Profile, "a memfit.Profile, such as step.profile")
-    if scaler is not None:
-        check_type("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
+    counter_named(wanted.count)
+    if wanted.profile is not None:
+        check_type("profile", wanted.profile, Profile, "a memfit.Profile, such as step.profile")
+    if wanted.scaler is not None:
+        check_type("scaler", wanted.scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
 
 
 def _bar_coupled(profile: Profile, splitting: Splitting) -> None:

@@ -3,7 +3,7 @@
 Imports no torch before a command that needs it runs. Exit codes:
 
     0 done   2 usage   3 no plan fits   4 verification failed, or memory ran out
-    5 bad input   130 interrupted
+    5 bad input   6 a process of several was lost   130 interrupted
 
 Anything else ends with a traceback and code 1: it is a bug, here or in the model.
 """
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 EXIT_INFEASIBLE = 3
 EXIT_BROKEN_PROMISE = 4
 EXIT_BAD_INPUT = 5
+EXIT_LOST_RANK = 6
 EXIT_INTERRUPTED = 130
 
 _DEFAULT_SHARE = "90%"  # of a card: the rest is for CUDA itself and for what its allocator cannot use
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit codes: 0 done, 2 usage, 3 no plan fits, 4 verification failed or memory ran out, "
-    "5 bad input, 130 interrupted.",
+    "5 bad input, 6 a process of several was lost, 130 interrupted.",
 )
 
 Target = Annotated[
@@ -101,6 +102,7 @@ def _root(
 
 @app.command()
 def train(
+    context: typer.Context,
     target: Target = DEFAULT_TARGET,
     *,
     out: Annotated[Path, typer.Option(help="Folder of the run: plan, losses, checkpoints.")],
@@ -119,6 +121,9 @@ def train(
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 10,
     device: Device = None,
+    nproc: Annotated[
+        int, typer.Option(help="Processes that share each batch (DistributedDataParallel).", min=1)
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train TARGET within --memory; can be killed at any moment and resumed bit for bit."""
@@ -129,6 +134,8 @@ def train(
         raise typer.BadParameter(
             "say how much, such as --memory 400MiB (or run --plain)", param_hint="--memory"
         )
+    if nproc > 1:
+        raise typer.Exit(_launched(nproc, context.obj))
     with _interruptible():
         from memfit.train import TrainOptions
         from memfit.train import train as run_training
@@ -149,9 +156,11 @@ def train(
         )
         with TerminalWatcher(Console(stderr=True)) as watcher:
             result = run_training(options, watcher)
-    _show(result.as_json() if as_json else result_table(result))
+    if result.is_first:
+        _show(result.as_json() if as_json else result_table(result))
     if result.interrupted:
-        _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
+        if result.is_first:
+            _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.held is False:
         _say("The measured peak is above what was promised; the losses are right. Please report the model.")
@@ -228,8 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; by default what it was called with.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="memfit")
+        app(args=given, prog_name="memfit", obj=given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except InfeasibleBudget as error:
@@ -239,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemfitError, ValueError, TypeError, OSError) as error:
         return _fail(error, EXIT_BAD_INPUT)
     except RuntimeError as error:
+        if _is_lost_rank(error):
+            return _fail(error, EXIT_LOST_RANK)
         if not _is_out_of_memory(error):
             raise
         return _fail(error, EXIT_BROKEN_PROMISE)
@@ -294,6 +306,15 @@ def _card(device: str | None) -> Card | None:
     return DEVICES.get((device or "").strip().lower())
 
 
+def _launched(processes: int, arguments: list[str]) -> int:
+    """Runs the same in several processes, without the option that says how many."""
+    from memfit.runtime.group import launch
+
+    at = next(index for index, argument in enumerate(arguments) if argument.startswith("--nproc"))
+    values = 1 if "=" in arguments[at] else 2
+    return launch(processes, arguments[:at] + arguments[at + values :])
+
+
 def _check_memory(memory: str | None) -> None:
     """Refuses an amount of memory that cannot be read; what a percentage is of is found out later."""
     if memory is not None:
@@ -315,6 +336,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "RanOutOfMemory"
 
 
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Returns whether another process of the run has gone."""
+    return type(error).__name__ == "LostRank"
+
+
 def _show(what: Any) -> None:
     """Prints data on stdout, JSON or a table."""
     if isinstance(what, dict):
@@ -334,5 +360,6 @@ def _fail(error: Exception, code: int) -> int:
     if isinstance(error, OSError) and error.strerror is not None:
         # Without "[Errno 28]": the number says nothing to a reader.
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    _say(f"memfit: {text}")
+    if not getattr(error, "is_told", False):  # another rank of several says it
+        _say(f"memfit: {text}")
     return code

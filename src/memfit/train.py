@@ -1,6 +1,14 @@
 """The training run behind ``memfit train``: one folder, resumable at any moment, bit for bit.
 
 Says what happens to a ``Watcher`` and never prints.
+
+Note [Processes]
+ 1. Started by torchrun, or with ``--nproc``, each process builds the same workload from the same seed, takes
+    its share of every batch, and trains the model in DistributedDataParallel. The batch size is that of all.
+ 2. Rank 0 writes the folder and speaks. Every other reads it.
+ 3. The random numbers of training are those of one process on rank 0. On the others they start anew with each
+    step, from the seed, the rank and the step: a checkpoint need not know them.
+ 4. ``--resume`` starts where nothing is there to go on with: torchrun restarts a run as it was started.
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -37,8 +45,10 @@ from memfit.runtime.folder import (
     write_plan,
     write_run,
 )
+from memfit.runtime.group import own_rows, process_group
 from memfit.runtime.meter import PeakMeter, resident_bytes, set_hard_cap
 from memfit.runtime.micro import weighted_loss, whole_loss
+from memfit.runtime.ranks import Ranks
 from memfit.runtime.rescue import is_out_of_memory
 from memfit.runtime.state import (
     Position,
@@ -118,6 +128,7 @@ class RunResult:
     Attributes:
         measured_peak_bytes: The allocator's account of the metered steps; ``None`` if none was metered.
         median_step_s: Median over the steps of this process that were not metered; ``None`` without any.
+        is_first: Whether this is the process that speaks, of several.
         held: Whether the measured peak is within prediction and budget, and CUDA's allocator never had to
             make room for it; ``None`` in a plain run.
     """
@@ -132,6 +143,7 @@ class RunResult:
     interrupted: bool
     out: Path
     advice: tuple[str, ...] = ()
+    is_first: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """Returns the result as JSON data, the plan by its main figures."""
@@ -173,6 +185,7 @@ class _Run:
     batches: Iterator[Any]
     earlier: tuple[float, ...]
     advice: tuple[str, ...]
+    ranks: Ranks
 
 
 def train(options: TrainOptions, watch: Watcher) -> RunResult:
@@ -182,22 +195,55 @@ def train(options: TrainOptions, watch: Watcher) -> RunResult:
         ValueError: The folder, the target or an option is wrong.
         InfeasibleBudget: No plan fits the memory.
         RanOutOfMemory: A step found no memory; what was saved stays.
+        LostRank: Another process of the run has gone.
         OSError: The disk is full or cannot be written.
     """
-    pinned = options.micro_batch_size
+    with process_group(options.device) as ranks:
+        return _train(options, watch if ranks.rank == 0 else _Silent(), ranks)
+
+
+class _Silent:
+    """A watcher that shows nothing: that of every rank but the first."""
+
+    def said(self, text: str) -> None:
+        """Nothing."""
+
+    def planned(self, plan: Plan) -> None:
+        """Nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        """Nothing."""
+
+
+def _begin(options: TrainOptions, ranks: Ranks, *, is_there: bool) -> tuple[TrainOptions, int | None]:
+    """Makes or checks the folder; the options, and the micro-batch size of the plan that is there."""
+    if ranks.size > 1 and options.plain:
+        raise ValueError("A plain run is one process: leave out --plain, or start one.")
+    if ranks.size > 1 and options.resume and not is_there:
+        options = replace(options, resume=False)  # see Note [Processes] 4
     if options.resume:
         check_resumable(options.out, options.as_json())
         stored = read_plan(options.out)
-        pinned = pinned if stored is None else stored.micro_batch_size
-    else:
+        return options, options.micro_batch_size if stored is None else stored.micro_batch_size
+    if ranks.rank == 0:
         start_run(options.out, _content(options, None))
+    return options, options.micro_batch_size
+
+
+def _train(options: TrainOptions, watch: Watcher, ranks: Ranks) -> RunResult:
+    """The run of one of the processes."""
+    with ranks.together():
+        is_there = (options.out / "run.json").exists()
+    with ranks.together():
+        options, pinned = _begin(options, ranks, is_there=is_there)
     if options.hard_cap_bytes is not None:
         _cap(options.hard_cap_bytes)
         watch.said(f"hard cap: {format_bytes(options.hard_cap_bytes)} above what Python and torch hold")
     with _out_of_memory_named(options), _warnings_told(watch):
-        run = _prepare(options, pinned, watch)
+        run = _prepare(options, pinned, watch, ranks)
         result = _go(run, watch)
-    write_run(options.out, _content(options, result))
+    if ranks.rank == 0:
+        write_run(options.out, _content(options, result))
     return result
 
 
@@ -208,31 +254,32 @@ def _cap(extra_bytes: int) -> None:
     set_hard_cap(extra_bytes)
 
 
-def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher) -> _Run:
+def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher, ranks: Ranks) -> _Run:
     """Builds the workload, loads the last checkpoint if resuming, and plans."""
     _seed_everything(options.seed)
     watch.said(f"building {options.target}")
-    workload = load_target(
-        options.target, batch_size=options.batch_size, seed=options.seed, device=options.device
-    )
-    position, drawn = Position(0), None
-    checkpoint = latest_checkpoint(options.out) if options.resume else None
-    if checkpoint is not None:
-        position, drawn = load_checkpoint(checkpoint, workload.model, workload.optimizer)
-        watch.said(f"resuming after step {position.step}")
-    earlier = cut_losses(options.out, position.step) if options.resume else ()
-    workload.model.train()
+    with ranks.together():
+        workload = load_target(
+            options.target, batch_size=options.batch_size, seed=options.seed, device=options.device
+        )
+        position, drawn = Position(0), None
+        checkpoint = latest_checkpoint(options.out) if options.resume else None
+        if checkpoint is not None:
+            position, drawn = load_checkpoint(checkpoint, workload.model, workload.optimizer)
+            watch.said(f"resuming after step {position.step}")
+        earlier = cut_losses(options.out, position.step) if options.resume and ranks.rank == 0 else ()
+        workload.model.train()
     step, lines = None, tuple[str, ...]()
     if not options.plain and position.step < options.steps:
         micro = position.micro_batch_size or pinned
-        step = _fit(workload, options, replace(position, micro_batch_size=micro), watch)
-        lines = _advice(workload, step, watch)
+        step = _fit(workload, options, replace(position, micro_batch_size=micro), watch, ranks)
+        lines = _advice(workload, step, watch, ranks)
     # The training itself starts from the seed, whatever building and planning drew.
     _seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
     batches = _with_own_randomness(workload.batches_from(position.step), options.seed)
-    return _Run(options, workload, step, position, batches, earlier, lines)
+    return _Run(options, workload, step, position, batches, earlier, lines, ranks)
 
 
 def _seed_everything(seed: int) -> None:
@@ -263,13 +310,18 @@ def _with_own_randomness(batches: Iterator[Any], seed: int) -> Iterator[Any]:
         yield batch
 
 
-def _fit(workload: Workload, options: TrainOptions, position: Position, watch: Watcher) -> Step:
+def _fit(workload: Workload, options: TrainOptions, position: Position, watch: Watcher, ranks: Ranks) -> Step:
     """Returns the planned step, and stores its plan before anything depends on it."""
     watch.said("recording one step and planning")
+    batch = own_rows(next(workload.batches_from(position.step)), ranks)
+    model = workload.model
+    if ranks.size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        watch.said(f"{ranks.size} processes, each with its share of the batch")
     step = fit(
-        workload.model,
+        model,
         workload.loss_fn,
-        next(workload.batches_from(position.step)),
+        batch,
         memory=options.memory,
         optimizer=workload.optimizer,
         micro_batch_size=position.micro_batch_size,
@@ -278,16 +330,17 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
         outputs_fn=workload.outputs_fn,
         profile=read_profile(options.out) if options.resume else None,
     )
-    write_plan(options.out, step.plan, step.profile)
+    if ranks.rank == 0:
+        write_plan(options.out, step.plan, step.profile)
     if step.audit is not None:
         watch.said(str(step.audit).splitlines()[0])
     watch.planned(step.plan)
     return step
 
 
-def _advice(workload: Workload, step: Step, watch: Watcher) -> tuple[str, ...]:
+def _advice(workload: Workload, step: Step, watch: Watcher, ranks: Ranks) -> tuple[str, ...]:
     """Returns what could be done besides the plan, and says it."""
-    epoch = workload.rows_per_epoch(step.plan.rows)
+    epoch = workload.rows_per_epoch(step.plan.rows * ranks.size)
     lines = advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
     if lines:
         watch.said(block(lines))
@@ -300,9 +353,13 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     losses, plain_s = list(run.earlier), list[float]()
     measured: int | None = None
     rescued = 0
-    with LossLog(options.out) as log, _stop_on_signal() as stop:
-        while done < options.steps and not stop.asked:
-            batch = next(run.batches)
+    asked = False
+    with _loss_log(run) as log, _stop_on_signal() as stop:
+        while done < options.steps and not asked:
+            whole = next(run.batches)
+            batch = own_rows(whole, run.ranks)
+            if run.ranks.rank > 0:
+                _seed_everything(hash((options.seed, run.ranks.rank, done)) % 2**63)
             plan = None if run.step is None else run.step.plan
             metered = _is_metered(run, done + 1)
             started = time.perf_counter()
@@ -314,15 +371,38 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             else:
                 measured = _largest(measured, peak_bytes, _verified_bytes(run.step))
             losses.append(loss)
-            log.add(done, loss, seconds)
+            asked = _logged(run, log, (done, loss, seconds), stop)
             if done > run.position.step + _WARM_STEPS:
                 plain_s.append(seconds)
             _note_new_plan(run, plan, watch)
-            watch.stepped(StepReport(done, options.steps, loss, seconds, *_amount(batch)))
-            if done % options.save_every == 0 or done == options.steps or stop.asked:
-                log.sync()
-                save_checkpoint(options.out, _position(run, done), run.workload.model, run.workload.optimizer)
+            watch.stepped(StepReport(done, options.steps, loss, seconds, *_amount(whole)))
+            if done % options.save_every == 0 or done == options.steps or asked:
+                _save(run, log, done)
     return _result(run, losses, measured, plain_s, interrupted=done < options.steps)
+
+
+def _loss_log(run: _Run) -> AbstractContextManager[LossLog | None]:
+    """The losses on the disk, which rank 0 writes."""
+    return LossLog(run.options.out) if run.ranks.rank == 0 else nullcontext()
+
+
+def _logged(run: _Run, log: LossLog | None, entry: tuple[int, float, float], stop: _Stop) -> bool:
+    """Writes down a step; whether any rank was asked to stop."""
+    failure: Exception | None = None
+    try:
+        if log is not None:
+            log.add(*entry)
+    except OSError as error:
+        failure = error
+    return any(asked for (asked,) in run.ranks.table([stop.asked], failure))
+
+
+def _save(run: _Run, log: LossLog | None, done: int) -> None:
+    """Saves a checkpoint on rank 0; the others wait for it."""
+    with run.ranks.together():
+        if log is not None:
+            log.sync()
+            save_checkpoint(run.options.out, _position(run, done), run.workload.model, run.workload.optimizer)
 
 
 def _position(run: _Run, done: int) -> Position:
@@ -347,9 +427,10 @@ def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:
     if not metered:
         return _forward_backward_update(run.workload, body, batch), None
     entry_bytes = resident_bytes(_resident(run.workload, batch))
+    entry_bytes += 0 if run.step is None else run.step.held_bytes
     with PeakMeter(_device(run.workload)) as meter:
         loss = _forward_backward_update(run.workload, body, batch)
-    return loss, entry_bytes + meter.peak_bytes
+    return loss, int(run.ranks.most(entry_bytes + meter.peak_bytes))
 
 
 def _resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
@@ -424,7 +505,8 @@ def _warnings_told(watch: Watcher) -> Iterator[None]:
 def _note_new_plan(run: _Run, before: Plan | None, watch: Watcher) -> None:
     """Stores the plan if the step has corrected it, and shows it if it has planned again."""
     if run.step is not None and before is not None and run.step.plan is not before:
-        write_plan(run.options.out, run.step.plan, run.step.profile)
+        if run.ranks.rank == 0:
+            write_plan(run.options.out, run.step.plan, run.step.profile)
         if _decided(run.step.plan) != _decided(before):
             watch.planned(run.step.plan)
 
@@ -468,6 +550,7 @@ def _result(
         interrupted=interrupted,
         out=run.options.out,
         advice=run.advice,
+        is_first=run.ranks.rank == 0,
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from memfit.core.basis import Basis
 
 FORMAT = 3
 COMMUNICATION = "communication"  # the frame of what other processes have a part in: no op of the model
+_MOST_OPS_MORE = 2  # that a node of the backward runs after one has made a gradient
 
 
 class OpKey(NamedTuple):
@@ -254,6 +255,36 @@ class Residents:
     def total_bytes(self) -> int:
         """Their sum."""
         return sum(self.totals)
+
+
+def without_gradients(graph: StepGraph) -> StepGraph:
+    """The same where each gradient goes as soon as it is there: into memory that is held for all of them.
+
+    It goes when the node of the backward that made it has ended, at the latest two ops later.
+    """
+    storage_of = [value.storage for value in graph.values]
+    last: dict[int, int] = {}
+    for at, (kind, item) in enumerate(graph.log):
+        if kind == LogKind.OP:
+            op = graph.ops[item]
+            touched = {*op.allocates, *(storage_of[value] for value in (*op.inputs, *op.outputs))}
+            last |= {storage: at for storage in touched if graph.storages[storage].persists}
+    freed: dict[int, list[LogEntry]] = {}
+    for storage, at in last.items():
+        freed.setdefault(_end_of_node(graph.log, at), []).append(LogEntry(LogKind.FREE, storage))
+    log = tuple(e for at, entry in enumerate(graph.log) for e in (entry, *freed.get(at, ())))
+    storages = tuple(replace(storage, persists=False) for storage in graph.storages)
+    return replace(graph, storages=storages, log=log)
+
+
+def _end_of_node(log: tuple[LogEntry, ...], at: int) -> int:
+    """Where the node ends that runs an op: it releases its saves then, if it has some."""
+    ops = 0
+    for later in range(at + 1, len(log)):
+        ops += log[later].kind == LogKind.OP
+        if log[later].kind == LogKind.RELEASE or ops == _MOST_OPS_MORE:
+            return later
+    return len(log) - 1
 
 
 def in_blocks(sizes: Iterable[int], block_bytes: int) -> int:

@@ -1,9 +1,9 @@
 """The effective batch of all ranks: what each part of it weighs, whichever rank has it.
 
 Note [Global weights]
- 1. Ranks count their own rows of the batch and tell each other, once a step, in the meeting that opens it. A part
-    weighs what it counts over what all ranks count: a mean of the ranks' means would be another loss wherever
-    they differ. A rank may have nothing to count; all together may not.
+ 1. Ranks count their own rows of the batch and tell each other, once a step, in the meeting that opens it. A
+    part weighs what it counts over what all ranks count: a mean of the ranks' means would be another loss
+    wherever they differ. A rank may have nothing to count; all together may not.
  2. What a counter counts in a batch must be the sum over its parts, whichever way they are cut.
  3. Where gradients are averaged over the ranks, weights are times their number.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memfit.core.batching import parts_for
-from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, Weigher, counts_of, nothing_to_count, one
 from memfit.runtime.micro import Weight
@@ -77,8 +76,8 @@ class Effective:
         counts = counts_of(counter, parts, name)
         if not math.isclose(sum(counts), own, rel_tol=_SAME):
             raise ValueError(
-                f"count gave {own} for the batch of a rank and {counts} for its micro-batches, which is not the "
-                "same in all: what it counts must add up"
+                f"count gave {own} for a rank's batch and {counts} for its micro-batches: what is counted "
+                "must add up"
             )
         return [count / total * self.averages for count in counts]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.core.batching import balanced_parts
+from memfit.core.graph import without_gradients
 from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_type
 from memfit.runtime.batch import split, tensors_of
@@ -111,6 +112,8 @@ def record_part(
             gradients_resident=resident,
             hold_saved=hold_saved,
         )
+    if job.owns_gradients and not resident:
+        recording = recording._replace(graph=without_gradients(recording.graph))
     if job.batch_norm != "ghost":
         return recording
     coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))

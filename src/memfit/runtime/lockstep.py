@@ -1,10 +1,10 @@
 """A model under FSDP as an engine of ``runtime/replicas.py``: every forward and backward is one of all ranks.
 
 Note [Lockstep]
- 1. FSDP communicates in each forward and backward, so all ranks run as many micro-batches, and those that count
-    nothing as well. What hinders a rank is told before the first of them; from then on an error on one rank
-    leaves the others waiting, until the process group gives up, or whoever started the processes ends them, as
-    torchrun does. So nothing is rescued here.
+ 1. FSDP communicates in each forward and backward, so all ranks run as many micro-batches, and those that
+    count nothing as well. What hinders a rank is told before the first of them; from then on an error on one
+    rank leaves the others waiting, until the process group gives up, or whoever started the processes ends
+    them, as torchrun does. So nothing is rescued here.
  2. The losses meet after the last backward.
  3. A micro-batch that counts nothing cannot be left out, and its mean is no number: it is refused.
 """
@@ -69,8 +69,8 @@ class Lockstep(Together):
             todo = self._todo(batch, micro_batch_size, effective)
             if any(is_nothing(weight) for _, weight in todo):
                 raise ValueError(
-                    "a rank has a micro-batch in which nothing counts, and under fully_shard all ranks run all "
-                    "of theirs: give every rank rows with something to count, or larger micro-batches"
+                    "a rank has a micro-batch in which nothing counts, and under fully_shard all ranks run "
+                    "all of theirs: give every rank rows with something to count, or larger micro-batches"
                 )
         total: Weighed | None = None
         try:
@@ -86,8 +86,8 @@ class Lockstep(Together):
         except Exception as error:
             self._engine.is_broken = True
             error.add_note(
-                "This was under fully_shard, where ranks communicate in every forward and backward: the others "
-                "wait until the process group gives up. End this process; torchrun ends the others then."
+                "This was under fully_shard, where ranks communicate in every forward and backward: the "
+                "others wait until the process group gives up. End this process; torchrun ends the others."
             )
             raise
         return self._meet(total, None)

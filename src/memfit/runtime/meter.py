@@ -14,8 +14,8 @@ Rule 2. A release is reported only for memory that was allocated under the profi
 Rule 3. So each error is on the safe side: a release that is not seen makes the peak too high, never too low.
 Rule 4. Not seen: allocations of other threads (data loaders, the user's own), and memory that does not come
         from torch's allocator (NumPy, MKL's own buffers, the interpreter).
-Rule 5. What gloo copies for a collective is now and then released by a thread of its own, unseen. So it counts
-        until the next event outside of the collective, which has waited for it.
+Rule 5. What gloo copies for a collective is now and then released by a thread of its own, unseen. So it
+        counts until the next event outside of the collective, which has waited for it.
 
 On CUDA the allocator's own statistics are read; they cover the whole device and every thread.
 """

@@ -34,6 +34,7 @@ from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_micro_batch_size
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import detached, rows_of, tensors_of
+from memfit.runtime.engines import engine_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
@@ -49,7 +50,6 @@ from memfit.runtime.preserve import (
     small_buffer_sizes,
 )
 from memfit.runtime.record import Recording
-from memfit.runtime.sharding import sharding_of
 from memfit.runtime.sizes import fakes_agree, record_loss_of_all, record_really, record_sizes, residents_of
 from memfit.runtime.update import Update, with_real_costs
 
@@ -96,7 +96,9 @@ def profile(
     """
     loss = whole_loss(loss_fn, outputs_fn)
     job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm, outputs_fn is not None)
-    job = job._replace(sharding=sharding_of(model) if isinstance(model, nn.Module) else None)
+    engine = engine_of(model)
+    if engine.sharding is not None:
+        job = job._replace(sharding=engine.sharding, held_sizes=(engine.ranks.message_bytes,))
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 

@@ -1,8 +1,8 @@
 """What memfit knows of the other processes that train the same model: small numbers and texts of all of them.
 
 Note [Together]
- 1. Each rank runs the same code, so all come to the same meetings in the same order. What goes wrong on one rank
-    between two meetings is told at the next, and raised on all: nobody waits for one that has given up.
+ 1. Each rank runs the same code, so all come to the same meetings in the same order. What goes wrong on one
+    rank between two meetings is told at the next, and raised on all: nobody waits for one that has given up.
  2. The error of the lowest rank that failed is raised. There it is the error itself, with a note of the rank;
     elsewhere one of the same kind that begins with "rank 2:". Running out of memory stays that, so that a
     rescue begins on all ranks.
@@ -51,14 +51,14 @@ class Ranks:
     size: int = 1
     rank: int = 0
     group: Any = None
-    place: torch.device = torch.device("cpu")
+    place: torch.device | str = "cpu"
 
     @staticmethod
     def of(group: Any, device: torch.device) -> Ranks:
         """The processes of a group whose models are on such a device."""
         import torch.distributed as dist
 
-        place = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        place = "cpu" if dist.get_backend(group) == "gloo" else device
         return Ranks(dist.get_world_size(group), dist.get_rank(group), group, place)
 
     @property
@@ -169,7 +169,9 @@ class Ranks:
         if self.rank == failed and own is not None:
             own.add_note(f"This was on rank {failed} of {self.size}; the others stopped with it.")
             raise own
-        raise _error(found, failed) from own
+        error = _error(found, failed)
+        error.is_told = True  # type: ignore[attr-defined]  # by the rank that has it
+        raise error from own
 
 
 def _told(error: Exception) -> str:

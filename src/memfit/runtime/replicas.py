@@ -3,15 +3,15 @@
 Note [Engines]
  1. An engine knows the module that everything works on which runs without the others: profile, audit, call
     sites, snapshots. Names are those of a single process, and nothing communicates there.
- 2. Micro-batches run on that module too, in ``part()``. Only the last backward starts from ``joined(loss)``, and
-    it brings the gradients of all ranks together. Before it, all ranks meet once.
- 3. What cannot come together in the last backward (``Engine.may_wait``) does so in a backward of its own, that
-    hands every sum over (``runtime/hooks.py``).
+ 2. Micro-batches run on that module too, in ``part()``. Only the last backward starts from ``joined(loss)``,
+    and it brings the gradients of all ranks together. Before it, all ranks meet once.
+ 3. What cannot come together in the last backward (``Engine.may_wait``) does so in a backward of its own,
+    that hands every sum over (``runtime/hooks.py``).
 
 Note [DDP]
- 1. DDP's ``forward`` is three things: before (buffers of rank 0 to all, buckets as gradients came), the module,
-    after (the hooks on the parameters now expect one backward). ``begin`` is the first and ``joined`` the last;
-    between them the module runs as often as there are micro-batches, and its backwards are its own. Comm
+ 1. DDP's ``forward`` is three things: before (buffers of rank 0 to all, buckets as gradients came), the
+    module, after (the hooks on the parameters now expect one backward). ``begin`` is the first, ``joined``
+    the last; between them the module runs as often as there are micro-batches, by itself. Comm
     hooks, gradients that are views of buckets and unused parameters are DDP's affair, as ever.
  2. DDP averages over the ranks. So a weight is that of the whole batch of all ranks, times their number.
  3. Hooks of parameters run before DDP reduces, on what the rank gives to the average, as in a plain step.
@@ -108,15 +108,15 @@ class Replicas(Engine):
         for name, module in self.model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
                 raise UnsupportedModel(
-                    f"'{name}' is a SyncBatchNorm, which communicates in every forward, so that micro-batches "
-                    "are normalised by other statistics than the whole batch: use torch.nn.BatchNorm with "
-                    "batch_norm='frozen' or 'ghost', or a GroupNorm",
+                    f"'{name}' is a SyncBatchNorm, which communicates in every forward, so that micro-"
+                    "batches are normalised by other statistics than the whole batch: use torch.nn.BatchNorm "
+                    "with batch_norm='frozen' or 'ghost', or a GroupNorm",
                     owner=name,
                 )
         if self._ddp.mixed_precision is not None:
             raise UnsupportedModel(
-                "DistributedDataParallel(mixed_precision=...) casts parameters inside of its own forward: use "
-                "torch.autocast in loss_fn",
+                "DistributedDataParallel(mixed_precision=...) casts parameters inside of its own forward: "
+                "use torch.autocast in loss_fn",
                 owner="model",
             )
         if self._ddp._delay_all_reduce_params:

@@ -80,8 +80,8 @@ def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_co
     """
     if job.sharding is not None and isinstance(job.loss_fn, OutputsLoss):
         raise UnsupportedModel(
-            "outputs_fn= is not known under fully_shard, where no rank has all of the model: give loss_fn(model, "
-            "batch) and count=, or use DistributedDataParallel",
+            "outputs_fn= is not known under fully_shard, where no rank has all of the model: give "
+            "loss_fn(model, batch) and count=, or use DistributedDataParallel",
             owner="outputs_fn",
         )
     if not isinstance(job.loss_fn, OutputsLoss):

@@ -83,7 +83,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How a model is sharded, and when gradients of several micro-batches are reduced. See Note [Sharding] 3."""
+    """How a model is sharded, and when gradients of micro-batches are reduced. See Note [Sharding] 3."""
 
     model: nn.Module
     groups: tuple[Group, ...]
@@ -114,10 +114,14 @@ class Sharding:
         each_s = len(sizes) * LATENCY_S + sum(sizes) / REDUCED_BYTES_PER_S
         return each_s * (1 if self.reduces_once else micro_batches)
 
-    def residents(self, other: Residents) -> Residents:
-        """What is alive throughout on this rank: pieces, where ``other`` counts whole parameters."""
+    def residents(self, other: Residents, held_sizes: tuple[int, ...]) -> Residents:
+        """What is alive throughout on this rank: pieces, where ``other`` counts whole parameters.
+
+        Args:
+            held_sizes: Bytes of other blocks.
+        """
         sharded = [p for group in self.groups for p in group.parameters]
-        parameter_sizes = resident_sizes([*map(local, sharded), *self.model.buffers()])
+        parameter_sizes = resident_sizes([*map(local, sharded), *self.model.buffers()]) + held_sizes
         gradient_sizes = tuple(group.piece_bytes for group in self.groups if group.piece_bytes)
         whole_sizes = tuple(
             p.numel() * (group.dtype or p.dtype).itemsize

@@ -222,7 +222,7 @@ def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None
         update = record_optimizer(job.optimizer, make, device, for_cuda=card is not None)
     residents = _residents(job, batch, update)
     if job.sharding is not None:
-        residents = job.sharding.residents(residents)
+        residents = job.sharding.residents(residents, job.held_sizes)
     return residents, update
 
 
@@ -274,6 +274,8 @@ def _residents(job: Job, batch: Any, update: Update) -> Residents:
     parameter_sizes = resident_sizes([*job.model.parameters(), *job.model.buffers()]) + job.held_sizes
     gradient_sizes = resident_sizes(gradients)
     summed_sizes = _summed_sizes(job)
+    if job.owns_gradients:  # they are in what is held, once micro-batches have been added up
+        gradient_sizes = ()
     inputs = [t for _, t in tensors_of(batch) if t.device == place]
     batch_sizes = resident_sizes(inputs) + tuple(t.nbytes for t in inputs if t.requires_grad)  # and .grad
     return Residents(

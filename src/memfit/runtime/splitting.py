@@ -129,8 +129,9 @@ class Splitting(Weigher):
                 owner="loss_fn",
             )
         if self._barred is not None:
+            ways = ", or ".join(way for way in cures(Kind.COUPLED_LAYER) if way != KEEP_WHOLE)
             raise InexactAccumulation(
-                f"{across} cannot be added up exactly: {self._barred}: {', or '.join(cures(Kind.COUPLED_LAYER)[:-1])}",
+                f"{across} cannot be added up exactly: {self._barred}: {ways}",
                 owner=self._bars,
             )
         if self.known is None and self.audit is None:
@@ -233,8 +234,8 @@ class Splitting(Weigher):
         """The audit of a batch; layers that need not be exact do not count as mixing rows."""
         if self._job.sharding is not None:
             return undecided(
-                "the model is under fully_shard, so no rank has all of it to probe (say what the loss is a mean "
-                "over, count='labels' for instance; memfit.audit finds it out before fully_shard)"
+                "the model is under fully_shard, so no rank has all of it to probe (say what the loss is a "
+                "mean over, count='labels' for instance; memfit.audit finds it out before fully_shard)"
             )
         with by_rows(self._job.model, self._job.batch_norm):
             largest_bytes = copy_bytes(self._job.model, self._limit_bytes)

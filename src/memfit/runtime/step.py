@@ -27,8 +27,8 @@ Note [Rescue]
 Note [Ranks]
  1. Ranks run the same step in the same way, as ``runtime/together.py`` has it. Whether a step is metered or
     timed on any rank is told in the meeting that opens it, and only then there is one more meeting after it.
- 2. The highest peak of all ranks is held against the prediction, the slowest rank sets the seconds. Profile and
-    plan are the same on all: what is planned again is planned on rank 0.
+ 2. The highest peak of all ranks is held against the prediction, the slowest rank sets the seconds. Profile
+    and plan are the same on all: what is planned again is planned on rank 0.
  3. Where memory has run out on one rank before the gradients come together, all are rescued.
 """
 
@@ -175,6 +175,11 @@ class Step:
         self._circumstances = _circumstances(self._model)
         self._written: set[str] = set()
         self.rescues: list[Rescue] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """What is there throughout beside model, optimizer, gradients and batch: the buckets of DDP."""
+        return sum(self._engine.held_sizes)
 
     @property
     def audit(self) -> Audit | None:
@@ -372,7 +377,8 @@ class Step:
             level_bytes = torch.cuda.memory_allocated(place) - passing_bytes
         else:
             level_bytes = resident_bytes(present) + sum(before.lasting_sizes)
-            level_bytes += sum(self._engine.held_sizes)
+            in_held = gradients if self._engine.owns_gradients else []
+            level_bytes += max(0, sum(self._engine.held_sizes) - resident_bytes(in_held))
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         if _is_profiled():  # on this rank, and not on another, which measures
             return self._run(batch), 0, 0

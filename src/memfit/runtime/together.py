@@ -1,15 +1,15 @@
 """One step on several ranks: micro-batches on each of them, and one synchronisation.
 
 Note [Meetings]
- 1. Ranks meet twice in a step: when it opens (what each counts), and before the backward that synchronises (that
-    all went well so far, and the losses). Both are all-reduces of a few numbers, see ``runtime/ranks.py``.
- 2. So an error before the second meeting, running out of memory too, is one of all ranks, and they can run the
-    step again together. In the backward that synchronises it is not: the others wait in it until the process
-    group gives up, or whoever started the processes ends them all, as torchrun does.
+ 1. Ranks meet twice in a step: when it opens (what each counts), and before the backward that synchronises
+    (that all went well so far, and the losses). Both are all-reduces of a few numbers (``runtime/ranks.py``).
+ 2. So an error before the second meeting, running out of memory too, is one of all ranks, and they can run
+    the step again together. In the backward that synchronises it is not: the others wait in it until the
+    process group gives up, or whoever started the processes ends them all, as torchrun does.
  3. The last micro-batch synchronises in its own backward, so that communication hides behind it. It does not
     where hooks are to see whole gradients, where sums in float32 are to be rounded first, where a rank has
-    nothing to count, or after memory has run out: then all that a rank has is handed over in a backward of its
-    own, and nothing large runs after the second meeting. Which of both is each rank's own affair.
+    nothing to count, or after memory has run out: then all that a rank has is handed over in a backward of
+    its own, and nothing large runs after the second meeting. Which of both is each rank's own affair.
  4. Ranks may run different numbers of micro-batches, unless the engine needs them equal.
 """
 
