@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.up = nn.Linear(_WIDTH, 75)
         self.down = nn.Linear(75, _WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
@@ -149,10 +149,18 @@ def _trained(rank: int, ranks: int, case: Case) -> Trained:
             losses.append(float(step(batch)))
             optimizer.step()
         optimizer.zero_grad()
-    weights = [p.full_tensor().detach() for p in model.parameters()]
-    once = step._accumulation.sharding.reduces_once
+    weights = [_whole(p).detach() for p in model.parameters()]
+    sharding = step._accumulation.sharding
+    assert sharding is not None
+    once = sharding.reduces_once
     assert step.verdict is not None
     return Trained(losses, weights, step.plan, once, predicted, measured, step.verdict.attempts)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All of a sharded tensor."""
+    found: Tensor = tensor.full_tensor()
+    return found
 
 
 def _budget(profile: memfit.Profile, share: float | None) -> int:
@@ -201,7 +209,7 @@ def at_each_plan(rank: int) -> list[float]:
         found = []
         for decisions in ({}, decisions_of(everything)):
             run.run(batch, ROWS // 4, decisions)
-            found.append([p.grad.full_tensor() for p in model.parameters()])
+            found.append([_whole(p.grad) for p in model.parameters()])
             model.zero_grad()
         errors.append(max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)))
     return errors
