@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import sharded
+import shards
 from processes import on_ranks
-from sharded import Case
+from shards import Case
 
 _CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 _TWO = [Case(2, None), Case(2, 0.4, dtype=torch.float64), Case(3, 0.0, dtype=torch.float64)]
@@ -16,12 +16,12 @@ _FOUR = [Case(1, 0.3, dtype=torch.float64)]
 
 @pytest.fixture(scope="module")
 def of_two():
-    return on_ranks("sharded:everything", _TWO)
+    return on_ranks("shards:everything", _TWO)
 
 
 @pytest.fixture(scope="module")
 def of_four():
-    return on_ranks("sharded:each_case", 4, _FOUR, ranks=4)
+    return on_ranks("shards:each_case", 4, _FOUR, ranks=4)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def trained(of_two, of_four):
 
 def test_weights_after_ten_steps_are_those_of_one_process(trained):
     for case, ranks in trained:
-        losses, weights = sharded.alone(case.dtype)
+        losses, weights = shards.alone(case.dtype)
         for found in ranks:
             assert found.losses == pytest.approx(losses, rel=_CLOSE[case.dtype])
             for one, other in zip(found.weights, weights, strict=True):

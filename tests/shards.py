@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -52,14 +53,34 @@ class Net(nn.Module):
         return out
 
 
-def net(dtype: torch.dtype) -> Net:
+def net(dtype: torch.dtype, kind: str = "net") -> Any:
+    """A model of which the blocks are to be sharded; those of transformers tie their words to their head."""
     torch.manual_seed(0)
-    return Net().to(dtype)
+    if kind == "net":
+        return Net().to(dtype)
+    transformers: Any = importlib.import_module("transformers")  # not for the tests, which start less
+    common: dict[str, Any] = {"vocab_size": _WORDS, "use_cache": False, "tie_word_embeddings": True}
+    if kind == "llama":
+        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4}
+        config = transformers.LlamaConfig(num_attention_heads=4, **sizes, **common)
+        return transformers.LlamaForCausalLM(config).to(dtype)
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=4, n_head=4, n_positions=_LENGTH, **off, **common)
+    return transformers.GPT2LMHeadModel(config).to(dtype)
 
 
-def sharded(dtype: torch.dtype, **settings: Any) -> nn.Module:
-    model = net(dtype)
-    for block in model.blocks:
+def blocks_of(model: Any) -> Any:
+    """What repeats."""
+    return {
+        "Net": lambda: model.blocks,
+        "LlamaForCausalLM": lambda: model.model.layers,
+        "GPT2LMHeadModel": lambda: model.transformer.h,
+    }[type(model).__name__]()
+
+
+def sharded(dtype: torch.dtype, kind: str = "net", **settings: Any) -> nn.Module:
+    model: nn.Module = net(dtype, kind)
+    for block in blocks_of(model):
         fully_shard(block, **settings)
     fully_shard(model, **{k: v for k, v in settings.items() if k != "reshard_after_forward"})
     return model
@@ -79,12 +100,14 @@ def batches(ranks: int = 1, rank: int = 0) -> list[dict[str, Tensor]]:
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch["words"]).flatten(0, 1), batch["labels"].flatten())
+    out = model(batch["words"])
+    logits = out if isinstance(out, Tensor) else out.logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
-def alone(dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
+def alone(dtype: torch.dtype, kind: str = "net") -> tuple[list[float], list[Tensor]]:
     """One process with the whole batch, by a plain loop."""
-    model = net(dtype)
+    model = net(dtype, kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for batch in batches():
@@ -102,6 +125,7 @@ class Case(NamedTuple):
     micro_batch_size: int
     share: float | None
     dtype: torch.dtype = torch.float32
+    kind: str = "net"
 
 
 class Trained(NamedTuple):
@@ -122,7 +146,7 @@ def each_case(rank: int, ranks: int, cases: list[Case]) -> list[Trained]:
 
 
 def _trained(rank: int, ranks: int, case: Case) -> Trained:
-    model = sharded(case.dtype)
+    model = sharded(case.dtype, case.kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = batches(ranks, rank)
 
@@ -203,7 +227,8 @@ def at_each_plan(rank: int) -> list[float]:
     graph = memfit.profile(plain, loss_of, batch, micro_batch_size=ROWS // 2).graphs[0]
     everything = [graph.value_key(value) for value in droppable(graph)]
     errors = []
-    for settings in ({}, {"reshard_after_forward": False}):
+    for kept in ({}, {"reshard_after_forward": False}):
+        settings: dict[str, Any] = dict(kept)
         model = sharded(torch.float64, **settings)
         run = Accumulation(model, loss_of, one, sharding=sharding_of(model))
         found = []
