@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/sharded.py [--out FILE]
 
 Ten steps of AdamW through ``memfit.fit`` on gloo processes that share the rows of each batch, in one or three
-micro-batches, at a budget without limit, halfway to the least memory, and at that. The judge of the weights is a plain loop on one
-process (relative error of the worst parameter), the judge of the peaks the allocator: those of the first
-three steps, ``optimizer.step()`` included, the highest rank against the prediction of all.
+micro-batches, at a budget without limit, halfway to the least memory, and at that. The judge of the weights
+is a plain loop on one process (relative error of the worst parameter), the judge of the peaks the allocator:
+those of the first three steps, ``optimizer.step()`` included, the highest rank against the prediction of all.
 """
 
 from __future__ import annotations
