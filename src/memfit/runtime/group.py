@@ -48,9 +48,10 @@ def process_group(device: str | None) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not _is_of_others(error):
             raise
+        first_line = str(error).splitlines()[0]
         raise LostRank(
-            f"rank {dist.get_rank()}: another process of the run has gone ({str(error).splitlines()[0]}). The "
-            "last checkpoint stays: go on with --resume."
+            f"rank {dist.get_rank()}: another process of the run has gone ({first_line}). The last "
+            "checkpoint stays: go on with --resume."
         ) from error
     else:
         dist.barrier()

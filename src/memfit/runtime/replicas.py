@@ -16,8 +16,8 @@ Note [DDP]
  2. DDP averages over the ranks. So a weight is that of the whole batch of all ranks, times their number.
  3. Hooks of parameters run before DDP reduces, on what the rank gives to the average, as in a plain step.
  4. Gradients in reduced precision are added up in float32, rounded, and then reduced in the parameters' type.
- 5. DDP counts the hooks of a static graph in backwards that do not synchronise as well, and does not reduce
-    then (its own ``no_sync`` fails with it): a static graph runs whole batches only.
+ 5. DDP counts the hooks of a static graph in every backward, also where none is expected, and does not reduce
+    in a later step then (its own ``no_sync`` fails with it too): a static graph is refused.
  6. Buckets are as large as the gradients and stay. A view of a bucket is the gradient itself, but only from
     the reduction on: until then there are both.
 """
@@ -70,11 +70,8 @@ class Engine:
     def check(self) -> None:
         """Refuses a step that cannot be one of all ranks."""
 
-    def begin(self, *, again: bool = False) -> None:
-        """Called on all ranks before the first micro-batch; ``again`` if the step is run once more."""
-
-    def refuse_parts(self) -> None:
-        """Refuses several micro-batches, where it cannot do them."""
+    def begin(self) -> None:
+        """Called on all ranks before the first micro-batch, also if the step is run again."""
 
     @contextmanager
     def part(self, *, is_last: bool) -> Iterator[None]:
@@ -113,6 +110,13 @@ class Replicas(Engine):
                     "with batch_norm='frozen' or 'ghost', or a GroupNorm",
                     owner=name,
                 )
+        if self._ddp.static_graph:
+            raise UnsupportedModel(
+                "DistributedDataParallel(static_graph=True) counts every backward through the model, that "
+                "of a micro-batch or a profile too, and leaves out reductions then (its own no_sync() fails as "
+                "well): leave static_graph out",
+                owner="model",
+            )
         if self._ddp.mixed_precision is not None:
             raise UnsupportedModel(
                 "DistributedDataParallel(mixed_precision=...) casts parameters inside of its own forward: "
@@ -140,19 +144,9 @@ class Replicas(Engine):
                 owner="model",
             )
 
-    def begin(self, *, again: bool = False) -> None:
+    def begin(self) -> None:
         """What DDP does before a forward."""
-        if not (again and self._ddp.static_graph):  # it counts the forwards, to see which is the first
-            self._ddp._pre_forward()
-
-    def refuse_parts(self) -> None:
-        """Refuses micro-batches of a static graph."""
-        if self._ddp.static_graph:
-            raise UnsupportedModel(
-                "DistributedDataParallel(static_graph=True) cannot accumulate gradients (its no_sync() fails "
-                "too), and the batch is to run in micro-batches: leave static_graph out",
-                owner="model",
-            )
+        self._ddp._pre_forward()
 
     @contextmanager
     def part(self, *, is_last: bool) -> Iterator[None]:

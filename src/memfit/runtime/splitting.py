@@ -120,24 +120,22 @@ class Splitting(Weigher):
         Raises:
             InexactAccumulation: It may not be.
         """
-        across = f"the batches of {ranks} ranks"
-        if self.is_two_pass:
-            raise InexactAccumulation(
-                f"{across} cannot be added up exactly: the loss couples rows, and each rank sees its own "
-                "only: gather the outputs of all ranks in loss_fn yourself, or say count='rows' for the mean "
-                "of the ranks' own losses",
-                owner="loss_fn",
-            )
-        if self._barred is not None:
-            ways = ", or ".join(way for way in cures(Kind.COUPLED_LAYER) if way != KEEP_WHOLE)
-            raise InexactAccumulation(
-                f"{across} cannot be added up exactly: {self._barred}: {ways}",
-                owner=self._bars,
-            )
-        if self.known is None and self.audit is None:
+        if not self.is_two_pass and self._barred is None and self.known is None and self.audit is None:
             self._prove(batch)
-        if self.known is None:
-            raise self._refusal(across)
+        if self.is_two_pass:
+            why, owner, ways = "the loss couples rows, and each rank sees its own only", "loss_fn", ()
+        elif self._barred is not None:
+            why, owner, ways = self._barred, self._bars, cures(Kind.COUPLED_LAYER)
+        elif self.known is None:
+            assert self.audit is not None
+            why, owner, ways = self.audit.reason, self.audit.owner, self.audit.cures
+        else:
+            return
+        own = "" if self._barred is not None else ", or say count='rows': the mean of the ranks' own losses"
+        told = ", or ".join(way for way in ways if way != KEEP_WHOLE) or "gather the outputs in loss_fn"
+        raise InexactAccumulation(
+            f"the batches of {ranks} ranks cannot be added up exactly: {why}: {told}{own}", owner=owner
+        )
 
     def find(self, profile: Profile, memory: int, batch: Any = None) -> Plan:
         """The best exact plan. Without a batch nothing new can be proved, and what is not proved stays whole.

@@ -329,7 +329,7 @@ class Step:
             before.restore()
             if not mended:
                 break
-            self._engine.begin(again=True)
+            self._engine.begin()
         assert self.verdict is not None
         raise VerificationFailed(
             f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. Give "
@@ -448,7 +448,7 @@ class Step:
         """The batch under a plan; None if memory has run out again."""
         try:
             decisions = decisions_of(plan.recompute, plan.levels)
-            self._engine.begin(again=True)
+            self._engine.begin()
             return self._run_under(batch, plan.micro_batch_size, decisions)
         except InexactAccumulation as error:
             _log.info("no exact way to run micro-batches of %d rows: %s", plan.micro_batch_size, error)

@@ -77,7 +77,6 @@ class Together:
         refuse_no_gradients()
         rows, count = rows_of(batch), effective.parts(micro_batch_size)
         if count > 1:
-            self._engine.refuse_parts()
             refuse_graphs(batch)
         if not self._engine.has_equal_parts:
             sizes = parts_for(rows, min(rows, micro_batch_size))
