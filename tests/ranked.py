@@ -85,7 +85,7 @@ def plain(
 
     def step(batch: Batch) -> Tensor:
         loss = loss_fn(model, batch)
-        total: Tensor = sum(loss.values()) if isinstance(loss, dict) else loss
+        total: Tensor = torch.stack([*loss.values()]).sum() if isinstance(loss, dict) else loss
         total.backward()
         return total.detach()
 
@@ -264,11 +264,12 @@ def peaks(rank: int, options: dict[str, Any], micro_batch_size: int | None) -> t
         resident = [*model.parameters(), *state, *batch.values()]
         level = resident_bytes(resident) + sum(p.nbytes for p in model.parameters())  # and the buckets
         step._engine.begin()  # DDP makes its buckets anew, once: outside, for the old ones go unseen
-        begin, step._engine.begin = step._engine.begin, lambda: None
+        begin = step._engine.begin
+        step._engine.begin = lambda: None  # type: ignore[method-assign]
         with PeakMeter("cpu") as meter:
             step(batch)
             optimizer.step()
-        step._engine.begin = begin
+        step._engine.begin = begin  # type: ignore[method-assign]
         found.append(level + meter.peak_bytes)
         optimizer.zero_grad()
     return promised, found
@@ -330,7 +331,7 @@ def refusals(rank: int) -> dict[str, str]:
         return cross_entropy(model, batch)
 
     def coupled(model: nn.Module, batch: Any) -> Tensor:
-        scores = model(batch["inputs"])
+        scores: Tensor = model(batch["inputs"])
         return (scores @ scores.T).logsumexp(1).mean()
 
     _, step = fit(net(), fails_on_1)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from memfit.core.allocator import Memory as CudaMemory
     from memfit.core.graph import Profile
     from memfit.core.plan import Plan
+    from memfit.train import RunResult
     from memfit.workload import Workload
 
 EXIT_INFEASIBLE = 3
@@ -156,15 +157,7 @@ def train(
         )
         with TerminalWatcher(Console(stderr=True)) as watcher:
             result = run_training(options, watcher)
-    if result.is_first:
-        _show(result.as_json() if as_json else result_table(result))
-    if result.interrupted:
-        if result.is_first:
-            _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if result.held is False:
-        _say("The measured peak is above what was promised; the losses are right. Please report the model.")
-        raise typer.Exit(EXIT_BROKEN_PROMISE)
+    _end(result, as_json=as_json)
 
 
 @app.command()
@@ -304,6 +297,22 @@ def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:
 def _card(device: str | None) -> Card | None:
     """The card to plan for; None where --device is for TARGET."""
     return DEVICES.get((device or "").strip().lower())
+
+
+def _end(result: RunResult, *, as_json: bool) -> None:
+    """Shows what a run came to, once for all its processes, and ends with its exit code."""
+    if result.is_first:
+        _show(result.as_json() if as_json else result_table(result))
+    if result.interrupted:
+        if result.is_first:
+            _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.held is False:
+        if result.is_first:
+            _say(
+                "The measured peak is above what was promised; the losses are right. Please report the model."
+            )
+        raise typer.Exit(EXIT_BROKEN_PROMISE)
 
 
 def _launched(processes: int, arguments: list[str]) -> int:

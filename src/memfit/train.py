@@ -356,8 +356,9 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     asked = False
     with _loss_log(run) as log, _stop_on_signal() as stop:
         while done < options.steps and not asked:
-            whole = next(run.batches)
-            batch = own_rows(whole, run.ranks)
+            batch = next(run.batches)
+            amount = _amount(batch)
+            batch = own_rows(batch, run.ranks)
             if run.ranks.rank > 0:
                 _seed_everything(hash((options.seed, run.ranks.rank, done)) % 2**63)
             plan = None if run.step is None else run.step.plan
@@ -375,7 +376,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             if done > run.position.step + _WARM_STEPS:
                 plain_s.append(seconds)
             _note_new_plan(run, plan, watch)
-            watch.stepped(StepReport(done, options.steps, loss, seconds, *_amount(whole)))
+            watch.stepped(StepReport(done, options.steps, loss, seconds, *amount))
             if done % options.save_every == 0 or done == options.steps or asked:
                 _save(run, log, done)
     return _result(run, losses, measured, plain_s, interrupted=done < options.steps)

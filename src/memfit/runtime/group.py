@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from memfit.core.batching import balanced_parts
 from memfit.errors import MemfitError
-from memfit.runtime.batch import rows_of, split
+from memfit.runtime.batch import map_tensors, rows_of, split
 from memfit.runtime.ranks import Ranks
 from memfit.runtime.rescue import is_out_of_memory
 
@@ -59,7 +59,7 @@ def process_group(device: str | None) -> Iterator[Ranks]:
 
 
 def own_rows(batch: Any, ranks: Ranks) -> Any:
-    """The rows of a batch that are this rank's: equal shares, in order.
+    """The rows of a batch that are this rank's: equal shares, in order; copies, so that the others can go.
 
     Raises:
         ValueError: There are fewer rows than ranks.
@@ -69,7 +69,8 @@ def own_rows(batch: Any, ranks: Ranks) -> Any:
     rows = rows_of(batch)
     if rows < ranks.size:
         raise ValueError(f"a batch of {rows} rows cannot be shared by {ranks.size} processes: give fewer")
-    return split(batch, balanced_parts(rows, ranks.size))[ranks.rank]
+    part = split(batch, balanced_parts(rows, ranks.size))[ranks.rank]
+    return map_tensors(part, torch.clone)
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

@@ -113,7 +113,7 @@ class Replicas(Engine):
         if self._ddp.static_graph:
             raise UnsupportedModel(
                 "DistributedDataParallel(static_graph=True) counts every backward through the model, that "
-                "of a micro-batch or a profile too, and leaves out reductions then (its own no_sync() fails as "
+                "of a micro-batch or a profile too, and leaves out reductions then (its no_sync() fails as "
                 "well): leave static_graph out",
                 owner="model",
             )

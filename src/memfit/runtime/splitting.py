@@ -122,8 +122,9 @@ class Splitting(Weigher):
         """
         if not self.is_two_pass and self._barred is None and self.known is None and self.audit is None:
             self._prove(batch)
+        ways: tuple[str, ...] = ()
         if self.is_two_pass:
-            why, owner, ways = "the loss couples rows, and each rank sees its own only", "loss_fn", ()
+            why, owner = "the loss couples rows, and each rank sees its own only", "loss_fn"
         elif self._barred is not None:
             why, owner, ways = self._barred, self._bars, cures(Kind.COUPLED_LAYER)
         elif self.known is None:
