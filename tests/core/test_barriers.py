@@ -5,17 +5,20 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.core.barriers import barriers, with_barriers
+from memfit.core.barriers import Stretch, barriers, with_barriers
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
 from memfit.core.timeline import droppable
 
-_STRETCHES = [(), ("a",), ("a", "in"), ("b",)]
+_STRETCHES: list[Stretch] = [(), ("a",), ("a", "in"), ("b",)]
+
+Step = tuple[StepGraph, list[Stretch], list[Stretch]]
 
 
 @st.composite
-def steps(draw):
+def steps(draw: st.DrawFn) -> Step:
     """A forward of ops that read earlier values, each in some stretch, and saves of some values."""
-    ops, places = [], []
+    ops: list[Op] = []
+    places: list[Stretch] = []
     for index in range(draw(st.integers(1, 8))):
         inputs = draw(st.sets(st.integers(0, index - 1), max_size=3)) if index else set()
         key = OpKey("", f"op{index}", 0)
@@ -35,7 +38,7 @@ def steps(draw):
     return graph, places, [place for _, place in saves]
 
 
-def replayed_for(graph, dropped, value):
+def replayed_for(graph: StepGraph, dropped: set[int], value: int) -> set[int]:
     """The ops that run again when a value is wanted, by their definition."""
     if value not in dropped:
         return set()
@@ -43,12 +46,12 @@ def replayed_for(graph, dropped, value):
     return {op}.union(*(replayed_for(graph, dropped, v) for v in graph.ops[op].inputs))
 
 
-def is_within(inner, outer):
+def is_within(inner: Stretch, outer: Stretch) -> bool:
     return "/".join(inner).startswith("/".join(outer))
 
 
 @given(steps(), st.data())
-def test_no_plan_replays_an_op_whose_parameters_are_gone(step, data):
+def test_no_plan_replays_an_op_whose_parameters_are_gone(step: Step, data: st.DataObject) -> None:
     graph, places, save_places = step
     allowed = sorted(droppable(with_barriers(graph, places, save_places)))
     dropped = data.draw(st.sets(st.sampled_from(allowed))) if allowed else set()
@@ -58,7 +61,7 @@ def test_no_plan_replays_an_op_whose_parameters_are_gone(step, data):
 
 
 @given(steps())
-def test_each_barrier_has_a_reader_outside_of_its_stretch(step):
+def test_each_barrier_has_a_reader_outside_of_its_stretch(step: Step) -> None:
     graph, places, save_places = step
     readers = [(v, places[i]) for i, op in enumerate(graph.ops) for v in op.inputs]
     readers += [(save.value, place) for save, place in zip(graph.saves, save_places, strict=True)]
@@ -67,6 +70,6 @@ def test_each_barrier_has_a_reader_outside_of_its_stretch(step):
 
 
 @given(steps())
-def test_a_model_without_stretches_has_no_barrier(step):
+def test_a_model_without_stretches_has_no_barrier(step: Step) -> None:
     graph, places, save_places = step
     assert with_barriers(graph, [()] * len(places), [()] * len(save_places)) == graph
