@@ -528,3 +528,13 @@ def test_a_frozen_part_is_no_error() -> None:
     frozen = nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, 1))
     fit(model=frozen)(batch())
     assert [p.grad is None for p in frozen.parameters()] == [True, True, False, False]
+
+
+def test_engines_that_memfit_cannot_wait_for_are_refused_with_the_one_to_use() -> None:
+    parallel = nn.DataParallel(nn.Linear(4, 4))
+    with pytest.raises(UnsupportedModel, match=r"'DataParallel' is a DataParallel.*DistributedDataParallel"):
+        memfit.fit(parallel, lambda m, x: m(x).sum(), torch.randn(4, 4), memory="1GiB")
+    inside = nn.Sequential(nn.DataParallel(nn.Linear(4, 4)))
+    with pytest.raises(UnsupportedModel, match="'0' is a DataParallel") as refused:
+        memfit.profile(inside, lambda m, x: m(x).sum(), torch.randn(4, 4))
+    assert refused.value.owner == "0"

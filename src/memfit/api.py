@@ -27,14 +27,16 @@ from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.compiled import compiled_part, size_for_graphs
 from memfit.runtime.count import COUPLED, Counter, counter_named
+from memfit.runtime.engines import engine_of
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
 from memfit.runtime.profiling import profile, profile_job
 from memfit.runtime.ranks import Ranks
-from memfit.runtime.replicas import Engine, engine_of
+from memfit.runtime.replicas import Engine
 from memfit.runtime.rowwise import in_two_passes
+from memfit.runtime.sharding import ONCE
 from memfit.runtime.splitting import Splitting, copy_bytes
 from memfit.runtime.step import Step, Verdict
 from memfit.runtime.terms import audit
@@ -135,7 +137,7 @@ def _job(
 ) -> Job:
     """What is profiled: the module that runs without other ranks."""
     loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
-    job = Job(engine.model, loss, batch, optimizers, batch_norm)
+    job = Job(engine.model, loss, batch, optimizers, batch_norm, sharding=engine.sharding)
     if engine.ranks.size > 1:
         sizes = (*engine.held_sizes, engine.ranks.message_bytes)
         job = job._replace(held_sizes=sizes, owns_gradients=engine.owns_gradients)
@@ -146,8 +148,11 @@ def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:
     """The step of a job, on one process or several."""
     fitted = _fitted if engine.ranks.size == 1 else _fitted_together
     job, splitting, plan, profile, find = fitted(make, wanted, engine.ranks)
+    engine.sharding = job.sharding
     counter, is_two_pass = splitting.counter, splitting.is_two_pass
-    run = Accumulation(job.model, job.loss_fn, counter, is_two_pass, wanted.scaler, job.batch_norm)
+    run = Accumulation(
+        job.model, job.loss_fn, counter, is_two_pass, wanted.scaler, job.batch_norm, job.sharding
+    )
     return Step(run, plan, profile, optimizer=job.optimizer, find=find, engine=engine)
 
 
@@ -176,7 +181,7 @@ def _fitted(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
     """Profiled, its accumulation proved where the batch is split, and planned; on one process."""
     _check(wanted)
     job = make()
-    return _fitted_within(job, _checked(job, wanted), wanted)
+    return _fitted_sharded(job, _checked(job, wanted), wanted)
 
 
 def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> _Fitted:
@@ -189,13 +194,14 @@ def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> 
     budget_bytes, root = int(ranks.least(own_bytes)), ranks.with_most(rows)
 
     def made() -> str:
-        found = _fitted_within(job, budget_bytes, wanted)
+        found = _fitted_sharded(job, budget_bytes, wanted)
         found.splitting.refuse_ranks(found.profile, job.batch, ranks.size)
         profile = found.splitting.settled(found.profile)
-        return json.dumps([found.plan.to_json(), profile.to_json()])
+        return json.dumps([found.plan.to_json(), profile.to_json(), _reduces_once(found.job)])
 
-    plan_text, profile_text = json.loads(ranks.made_by(root, made))
+    plan_text, profile_text, reduces_once = json.loads(ranks.made_by(root, made))
     profile = Profile.from_json(profile_text)
+    job = _reducing(job, once=reduces_once)
     with ranks.together():
         audit = profile.audit if counter_named(wanted.count) is None else None
         splitting = Splitting(job, wanted.count, limit_bytes=budget_bytes, audit=audit)
@@ -208,6 +214,46 @@ def _checked(job: Job, wanted: _Wanted) -> int:
     place = check_model(job.model)
     check_batch_norm(job.model, job.batch_norm, compiled_part(job.model))
     return _budget_bytes(wanted.memory, place)
+
+
+def _fitted_sharded(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:
+    """The job, planned; under FSDP in the quicker of both ways to reduce gradients that fit."""
+    if job.sharding is None:
+        return _fitted_within(job, budget_bytes, wanted)
+    if wanted.profile is not None:  # it is of one way
+        once = dict(wanted.profile.basis).get("sharding", "").endswith(ONCE)
+        return _fitted_within(_reducing(job, once=once), budget_bytes, wanted)
+    found: list[_Fitted] = []
+    refused: list[InfeasibleBudget] = []
+    for once in (False, True) if job.sharding.may_reduce_once else (False,):
+        try:
+            found.append(_fitted_within(_reducing(job, once=once), budget_bytes, wanted))
+        except InfeasibleBudget as error:
+            refused.append(error)
+        if found and found[0].plan.gradient_accumulation_steps == 1:
+            break
+    if not found:
+        raise min(refused, key=lambda error: error.needed_bytes)
+    # With as many micro-batches both do the same, but for what they recompute and communicate.
+    alike = len({way.plan.gradient_accumulation_steps for way in found}) == 1
+    return min(found, key=partial(_seconds, alike=alike))
+
+
+def _seconds(way: _Fitted, *, alike: bool) -> float:
+    """Seconds in which ways to reduce gradients differ."""
+    assert way.job.sharding is not None
+    computed_s = way.plan.recompute_s if alike else way.plan.predicted_step_s
+    return computed_s + way.job.sharding.reduce_s(way.plan.gradient_accumulation_steps)
+
+
+def _reduces_once(job: Job) -> bool:
+    """Whether FSDP reduces gradients only after the last micro-batch."""
+    return job.sharding is not None and job.sharding.reduces_once
+
+
+def _reducing(job: Job, *, once: bool) -> Job:
+    """The job with gradients reduced after the last micro-batch, or after each."""
+    return job if job.sharding is None else job._replace(sharding=replace(job.sharding, reduces_once=once))
 
 
 def _fitted_within(job: Job, budget_bytes: int, wanted: _Wanted) -> _Fitted:

@@ -27,6 +27,7 @@ from memfit.core.basis import Basis
 
 FORMAT = 3
 COMPILED = "torch.compile of "  # begins the name of an op that stands for a region it hides
+COMMUNICATION = "communication"  # the frame of what other processes have a part in: no op of the model
 _MOST_OPS_MORE = 2  # that a node of the backward runs after one has made a gradient
 
 

@@ -8,7 +8,8 @@ Note [Simulation]
     reader has been replayed. This is plain reference counting, as the replay does it.
  3. A replayed in-place op takes the old version over if nobody else wants it, else it copies it.
  4. At each op the peak counts inputs, outputs and the operator's own temporaries together.
- 5. With levels, a value may be made *in passing*: it lives until the last op of that replay has read it, and
+ 5. Unsharded parameters and what is communicated are temporaries: no plan changes them.
+ 6. With levels, a value may be made *in passing*: it lives until the last op of that replay has read it, and
     its op stays pending with all its inputs, to run again.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from memfit.core.graph import Level, LogKind, Profile, StepGraph, in_blocks
+from memfit.core.graph import COMMUNICATION, Level, LogKind, Profile, StepGraph, in_blocks
 
 
 class Moment(NamedTuple):
@@ -156,7 +157,8 @@ class Walk:
         """Adds or removes a storage from its category."""
         size = sign * self.sizes[storage]
         self._moved(BlockKind.STORAGE, storage, size)
-        if self.maker[storage] < self.first_backward:
+        maker = self.maker[storage]
+        if maker < self.first_backward and self.graph.ops[maker].key.frame != COMMUNICATION:
             self.activations += size
         elif self.graph.storages[storage].persists:
             self.gradients += size

@@ -28,6 +28,7 @@ from memfit.runtime.micro import (
 )
 from memfit.runtime.passes import run_in_two_passes
 from memfit.runtime.replay import Decisions, Replayer
+from memfit.runtime.sharding import Sharding, gradients_kept_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Accumulation:
             is an :class:`OutputsLoss`. With neither, the batch must stay whole.
         scaler: Its scale multiplies every gradient, and not the loss that is returned.
         batch_norm: How BatchNorm layers normalise, see ``runtime/normalisation.py``.
+        sharding: How FSDP holds the model; then gradients are pieces, and hooks of parameters never run.
     """
 
     model: nn.Module
@@ -48,13 +50,14 @@ class Accumulation:
     is_two_pass: bool = False
     scaler: torch.amp.GradScaler | None = None
     batch_norm: str = "exact"
+    sharding: Sharding | None = None
 
     def run(self, batch: Any, micro_batch_size: int, decisions: Decisions) -> Weighed:
         """The loss of the whole batch and its terms, without a graph; its gradient is added to ``.grad``."""
         refuse_no_gradients()
         parts = self._parts(batch, micro_batch_size)
         if len(parts) == 1:
-            self._tell_start()
+            self.tell_start()
             with micro_batches(self.model, self.batch_norm, several=False):
                 return self.run_part(parts[0], None, decisions)
         if self.counter is None and not self.is_two_pass:
@@ -64,31 +67,33 @@ class Accumulation:
                 owner="loss_fn",
             )
         refuse_graphs(batch)
-        with hooks_at_the_end([*self.model.named_parameters(), *tensors_of(batch)]):
+        leaves = self.model.named_parameters() if self.sharding is None else ()
+        with hooks_at_the_end([*leaves, *tensors_of(batch)]):
             return self._run_parts(batch, parts, decisions)
 
     def _run_parts(self, batch: Any, parts: list[Any], decisions: Decisions) -> Weighed:
         """Adds up the micro-batches."""
         if self.counter is None:
             assert isinstance(self.loss_fn, OutputsLoss)
-            self._tell_start()
+            self.tell_start()
             return run_in_two_passes(
                 self.model, self.loss_fn, batch, parts, decisions, self.scaler, self.batch_norm
             )
         total: Weighed | None = None
         weighted = list(zip(parts, weights(self.counter, parts), strict=True))
-        self._tell_start()
+        # No valid label: its mean is not a number, its share is nothing.
+        weighted = [(part, weight) for part, weight in weighted if not is_nothing(weight)]
+        self.tell_start()
         with micro_batches(self.model, self.batch_norm, several=True) as begin:
-            for part, weight in weighted:
-                if is_nothing(weight):  # no valid label: its mean is not a number, its share is nothing
-                    continue
+            for number, (part, weight) in enumerate(weighted, 1):
                 begin()
-                loss = self.run_part(part, weight, decisions)
+                with gradients_kept_whole(self.sharding, is_last=number == len(weighted)):
+                    loss = self.run_part(part, weight, decisions)
                 total = loss if total is None else sum_of(total, loss)
         assert total is not None
         return total
 
-    def _tell_start(self) -> None:
+    def tell_start(self) -> None:
         """Tells a loss that keeps notes that a batch starts, perhaps again: older notes are void."""
         tell = getattr(self.loss_fn, "on_batch_start", None)
         if callable(tell):

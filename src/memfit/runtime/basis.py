@@ -45,6 +45,7 @@ def basis_of(job: Job) -> Basis:
         ),
         ("optimizer", " and ".join(map(_optimizer, each_optimizer(job.optimizer))) or "none"),
         ("batch norm", job.batch_norm),
+        ("sharding", "none" if job.sharding is None else str(job.sharding)),
         ("settings", ", ".join(f"{name} {read()}" for name, read in _SETTINGS.items())),
     )
 

@@ -21,6 +21,8 @@ from memfit.runtime.precision import empty_gradient
 from memfit.runtime.probe import Probe
 from memfit.runtime.record import Differentiable, Recording, record
 from memfit.runtime.rehearse import second_pass
+from memfit.runtime.shadows import shadowed
+from memfit.runtime.sharding import Sharding
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -31,6 +33,7 @@ class Job(NamedTuple):
     ``is_two_pass``: several micro-batches run in two passes; then the loss is an :class:`OutputsLoss`.
     ``held_sizes``: Bytes of blocks that are there throughout beside the parameters (DDP's buckets); with
     ``owns_gradients`` the gradients lie in them in the end.
+    ``sharding``: how FSDP holds the model, see ``runtime/sharding.py``.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class Job(NamedTuple):
     is_two_pass: bool = False
     held_sizes: tuple[int, ...] = ()
     owns_gradients: bool = False
+    sharding: Sharding | None = None
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -85,7 +89,10 @@ def record_part(
     def forward() -> Differentiable:
         return weighted_loss(job.model, job.loss_fn, part, weight)
 
-    with micro_batches(job.model, job.batch_norm, several=resident):
+    with (
+        micro_batches(job.model, job.batch_norm, several=resident),
+        shadowed(job.sharding, resident=resident),
+    ):
         gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
         if job.is_two_pass and resident:
             forward, seeds = second_pass(job.model, job.loss_fn, part)

@@ -16,6 +16,7 @@ from memfit.runtime.fake import Faker, faked, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
 from memfit.runtime.probe import MaterialProbe, probe_for
 from memfit.runtime.record import Recording
+from memfit.runtime.sizes import faker_for
 
 _log = logging.getLogger("memfit")
 
@@ -79,6 +80,26 @@ def temporaries_at(
         probe = MaterialProbe(Roofline(), place, wanted, limit, _MOST_S)
         run = record_part(fake, fake.batch, total, count, probe, resident=count > 1)
     return measured(run.graph, run.signatures, run.peaks)
+
+
+def measured_alone(job: Job, place: torch.device, most_rows: int, free_bytes: float | None) -> list[Measured]:
+    """Every op of a step run alone at two or three numbers of rows, none at all of the step itself.
+
+    For a model of which no rank has all parameters. Seconds are those of ops on an idle device.
+    """
+    total = rows_of(job.batch)
+    limit = math.inf if free_bytes is None else free_bytes
+    found = []
+    for rows in sorted({min(2, most_rows), min(_FEW_ROWS, most_rows), most_rows}):
+        part = first_rows(job.batch, total, rows)
+        faker = faker_for(job)
+        with faked(job.model, faker), faker.mode:
+            prepare_gradients(job.model, resident=False)
+            fake = job._replace(batch=faker.batch(part))
+            probe = MaterialProbe(Roofline(), place, None, limit, _MOST_S)
+            run = record_part(fake, fake.batch, rows, 1, probe, resident=False)
+        found.append(measured(run.graph, run.signatures, run.peaks))
+    return found
 
 
 def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:

@@ -14,6 +14,8 @@ Rule 2. A release is reported only for memory that was allocated under the profi
 Rule 3. So each error is on the safe side: a release that is not seen makes the peak too high, never too low.
 Rule 4. Not seen: allocations of other threads (data loaders, the user's own), and memory that does not come
         from torch's allocator (NumPy, MKL's own buffers, the interpreter).
+Rule 5. What gloo copies for a collective is now and then released by a thread of its own, unseen. So it
+        counts until the next event outside of the collective, which has waited for it.
 
 On CUDA the allocator's own statistics are read; they cover the whole device and every thread.
 """
@@ -34,6 +36,7 @@ from torch._C._profiler import _RecordFunctionFast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _RELEASED: Final = "memfit.meter.released:"
+_COLLECTIVE: Final = ("c10d::", "gloo:")
 
 
 class PeakMeter:
@@ -239,6 +242,7 @@ def _in_order(events: list[Any]) -> Iterator[Any]:
 def _signed_bytes(events: Iterable[Any]) -> Iterator[int]:
     """Yields the bytes of each allocation and release that counts. See Rule 2."""
     live_bytes: dict[int, int] = {}
+    sent: set[int] = set()
     for event in events:
         if event.tag.name != "Allocation":
             if event.name.startswith(_RELEASED):
@@ -247,6 +251,14 @@ def _signed_bytes(events: Iterable[Any]) -> Iterator[int]:
         block = event.extra_fields
         if block.device.type != "cpu":
             continue
+        is_sent = _is_of_a_collective(event)
+        for pointer in () if is_sent else sent:  # see Rule 5
+            if pointer != block.ptr and (sent_bytes := live_bytes.pop(pointer, 0)):
+                yield -sent_bytes
+        if is_sent and block.alloc_size > 0:
+            sent.add(block.ptr)
+        elif not is_sent:
+            sent.clear()
         # An address that is handed out again was released in between, be it unseen on another thread.
         known_bytes = live_bytes.pop(block.ptr, 0)
         if known_bytes:
@@ -254,6 +266,15 @@ def _signed_bytes(events: Iterable[Any]) -> Iterator[int]:
         if block.alloc_size > 0:
             live_bytes[block.ptr] = block.alloc_size
             yield block.alloc_size
+
+
+def _is_of_a_collective(event: Any) -> bool:
+    """Whether an event lies within a collective of torch.distributed."""
+    while event is not None:
+        if event.name.startswith(_COLLECTIVE):
+            return True
+        event = event.parent
+    return False
 
 
 @contextmanager
@@ -288,8 +309,9 @@ def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the tensors with a storage that ``tensor`` is made of; none for a layout without."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _dense_parts(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # a DTensor names its mesh too
+                yield from _dense_parts(part)
     elif tensor.layout is torch.strided:
         yield tensor
     elif tensor.layout is torch.sparse_coo:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memfit.runtime.arguments import check_function
 from memfit.runtime.normalisation import normalised
 from memfit.runtime.precision import SUM, float32_sums
+from memfit.runtime.sharding import is_sharded
 
 Loss = Tensor | Mapping[str, Tensor]
 LossFn = Callable[[nn.Module, Any], Loss]
@@ -76,7 +77,8 @@ def micro_batches(model: nn.Module, batch_norm: str, *, several: bool) -> Iterat
         batch_norm: ``"exact"``, ``"ghost"`` or ``"frozen"``, see ``runtime/normalisation.py``.
         several: There are two or more, so gradients are added up (``runtime/precision.py``).
     """
-    sums = float32_sums(model) if several else nullcontext()
+    # FSDP adds up in the type that its policy says; the pieces are in no less than float32.
+    sums = float32_sums(model) if several and not is_sharded(model) else nullcontext()
     with normalised(model, batch_norm, several=several) as begin, sums:
         yield begin
 

@@ -98,13 +98,18 @@ class MaterialProbe(RooflineProbe):
 
     Args:
         place: The device to run them on.
-        wanted: Names of the ops (``str(func)``) of which the inner peak is to be measured.
+        wanted: Names of the ops (``str(func)``) of which the inner peak is to be measured; None: all.
         free_bytes: An op whose arguments take more is not run.
         most_s: Nor is any once this much time has gone by.
     """
 
     def __init__(
-        self, device: Roofline, place: torch.device, wanted: frozenset[str], free_bytes: float, most_s: float
+        self,
+        device: Roofline,
+        place: torch.device,
+        wanted: frozenset[str] | None,
+        free_bytes: float,
+        most_s: float,
     ) -> None:
         super().__init__(device)
         self._place = place
@@ -116,7 +121,7 @@ class MaterialProbe(RooflineProbe):
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Estimates an op; measures what it allocates, its results included, if that is wanted."""
         out = super().call(func, args, kwargs)
-        if str(func) in self._wanted:
+        if self._wanted is None or str(func) in self._wanted:
             looks = repr((func, map_tensors((args, list(kwargs.items())), _look)))
             if looks not in self._known:
                 self._known[looks] = self._peak_bytes(func, args, kwargs, out)

@@ -42,10 +42,11 @@ from memfit.runtime.compiled import (
     replays_graphs,
     size_for_graphs,
 )
+from memfit.runtime.engines import engine_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
 from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
-from memfit.runtime.measure import measurable_rows, measure, temporaries_at
+from memfit.runtime.measure import measurable_rows, measure, measured_alone, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, OutputsLoss, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
@@ -103,6 +104,9 @@ def profile(
     """
     loss = whole_loss(loss_fn, outputs_fn)
     job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm, outputs_fn is not None)
+    engine = engine_of(model)
+    if engine.sharding is not None:
+        job = job._replace(sharding=engine.sharding, held_sizes=(engine.ranks.message_bytes,))
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 
@@ -179,7 +183,14 @@ def _recorded(
     more: list[Measured] = []
     with _unseen(model):
         recordings, residents, update, loss, by_fakes = record_sizes(job, rows, counts, card)
-        if not any(is_fake(p) for p in model.parameters()):
+        free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
+        if job.sharding is not None:
+            most_rows = max(recording.graph.rows for recording in recordings)
+            more = measured_alone(job, place, most_rows, free_bytes)
+            points = more[0], more[-1]
+            if job.optimizer is not None:
+                update = with_real_costs(update, job.optimizer, free_bytes)
+        elif not any(is_fake(p) for p in model.parameters()):
             with contents_of(model):
                 points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
                 if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):

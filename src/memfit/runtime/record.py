@@ -19,7 +19,9 @@ Note [Recording]
  8. A region that torch.compile hides is one op, which is never replayed (``runtime/compiled.py``). It makes
     its outputs, what autograd saves of its own, and what the allocator says it has kept besides. Its backward
     is one op too where it is one node; the saves it unpacks are there before it.
- 9. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+ 9. What is communicated with other processes is never replayed, nor what is wanted where a replay of it has
+    no parameters (``core/barriers.py``).
+10. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -38,7 +40,19 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.core.graph import COMPILED, LogEntry, LogKind, Op, OpKey, Save, StepGraph, Storage, Value
+from memfit.core.barriers import Stretch, with_barriers
+from memfit.core.graph import (
+    COMMUNICATION,
+    COMPILED,
+    LogEntry,
+    LogKind,
+    Op,
+    OpKey,
+    Save,
+    StepGraph,
+    Storage,
+    Value,
+)
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
@@ -127,6 +141,8 @@ class Recorder(TorchDispatchMode):
         self.signatures: list[tuple[object, ...]] = []
         self.coupled: list[str] = []
         self.save_frames: list[str] = []
+        self.op_stretches: list[Stretch] = []
+        self.save_stretches: list[Stretch] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
         self.changed: list[nn.Parameter] = []
         self.appeared: dict[int, int] = {}
@@ -194,6 +210,7 @@ class Recorder(TorchDispatchMode):
         """Appends the op with its new storages and values."""
         op = len(self.ops)
         self.log.append(LogEntry(LogKind.OP, op))
+        self.op_stretches.append(self._sites.current.stretch)
         external = any(_address(t) not in self._alive for t in written)
         overwrites, outputs, allocates = self._results(op, written, out)
         allocates += self._numbers(op, number_bytes(info, args) if self.place == "cpu" else 0)
@@ -219,6 +236,7 @@ class Recorder(TorchDispatchMode):
                 is_random=random,
                 is_replayable=self.is_forward
                 and may_replay
+                and key.frame != COMMUNICATION
                 and plain
                 and not external
                 and bool(outputs)
@@ -300,6 +318,7 @@ class Recorder(TorchDispatchMode):
         op, frame = len(self.ops), self._sites.current.name if self.is_forward else self.owner
         storage = self._watch(tensor)
         self.appeared[op] = storage
+        self.op_stretches.append(self._sites.current.stretch)
         self.log.append(LogEntry(LogKind.OP, op))
         self.ops.append(Op(OpKey(frame, "appears", op), allocates=(storage,)))
         self.signatures.append(("appears",))
@@ -439,6 +458,7 @@ class Recorder(TorchDispatchMode):
         index = len(self.saves)
         self.saves.append(Save(self._current[storage]))
         self.save_frames.append(self._sites.current.name)
+        self.save_stretches.append(self._sites.current.stretch)
         self.log.append(LogEntry(LogKind.PACK, index))
         if self._region is not None:
             held = tensor.detach()
@@ -498,7 +518,7 @@ def record(
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
-        hold_saved: Keep saved tensors as a plain step does, see Note 8.
+        hold_saved: Keep saved tensors as a plain step does, see Note 9.
     """
     with CallSites[None](model, {}) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
@@ -601,6 +621,7 @@ def _finish(
         log=tuple(recorder.log),
         coupled=tuple(dict.fromkeys(recorder.coupled)),
     )
+    graph = with_barriers(graph, recorder.op_stretches, recorder.save_stretches)
     return Recording(
         sum_in_place(graph, recorder.owning_sums),
         tuple(recorder.signatures),

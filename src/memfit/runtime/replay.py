@@ -25,6 +25,9 @@ Note [Replay]
     complete overwrite looks at it.
 10. A region that torch.compile hides runs without the mode, as in a plain step (``runtime/compiled.py``).
     What it has made is kept; what it saves of others' is packed like any other save.
+11. Parameters under ``fully_shard`` are there only while their own module runs, forward or backward. FSDP
+    frees and fills their storage, which stays the same, so a record may hold them. What is wanted outside of
+    its module is held, whatever the plan says (``core/barriers.py``).
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memfit.core.barriers import Stretch, is_there
 from memfit.core.graph import Level, ValueKey
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
@@ -84,6 +88,7 @@ class Handle:
         "readers",
         "record",
         "source",
+        "stretch",
         "tensor",
         "version",
         "windows",
@@ -97,6 +102,7 @@ class Handle:
         self.is_blank = False
         self.level = Level()
         self.source: Tensor | None = None
+        self.stretch: Stretch = ()
         self.version = 0
 
     def has_other_readers(self, record: Record) -> bool:
@@ -280,6 +286,7 @@ class Replayer(TorchDispatchMode):
         info = op_info(func)
         written = declared_writes(info, args, kwargs)
         self._hold_blanks(info, args, kwargs, written)
+        self._hold_barriers(args, kwargs)
         if not self._can_record(info, args, kwargs, written):
             for tensor in all_writes(info, args, kwargs):
                 self._begin_version(tensor)
@@ -322,6 +329,16 @@ class Replayer(TorchDispatchMode):
             if address in self._dropped and self._dropped[address][0].is_blank and address not in unread:
                 del self._dropped[address]
 
+    def _hold_barriers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes out of the plan what could not be made again for the op. See Note 10."""
+        stretch = self._sites.current.stretch
+        for tensor in tensors_in([*args, *kwargs.values()]):
+            address = _address(tensor)
+            found = self._dropped.get(address)
+            if found is not None and found[0].stretch and not is_there(found[0].stretch, stretch):
+                del self._dropped[address]
+                self._hold_saved(found[0], tensor)
+
     def _make_handles(
         self, record: Record, results: list[Tensor], dropped: Dropped, *, is_blank: bool
     ) -> None:
@@ -330,6 +347,7 @@ class Replayer(TorchDispatchMode):
             if number < len(results) and is_plain(results[number]):
                 handle = Handle(record)
                 handle.level = level
+                handle.stretch = self._sites.current.stretch
                 handle.is_blank = is_blank
                 record.outputs.append((number, weakref.ref(handle)))
                 block = results[number].untyped_storage()
@@ -380,12 +398,17 @@ class Replayer(TorchDispatchMode):
         """What autograd holds: a window onto a dropped value, else the tensor and its version."""
         if tensor.layout is torch.strided:
             found = self._dropped.get(tensor.untyped_storage()._cdata)
-            if found is not None and is_plain(tensor) and not found[0].is_blank:
+            if found is not None and is_plain(tensor) and self._may_be_made(found[0]):
                 window = Window(found[0], tensor)
                 window.count_versions_of(tensor)
                 found[0].windows.append(weakref.ref(window))
                 return window
         return _without_graph(tensor), tensor._version
+
+    def _may_be_made(self, handle: Handle) -> bool:
+        """Whether what is saved here may be a value that is made again in the backward."""
+        stretch = handle.stretch
+        return not handle.is_blank and (not stretch or is_there(stretch, self._sites.current.stretch))
 
     def _unpack(self, packed: Any) -> Tensor:
         """The saved tensor, computed again if it was dropped."""

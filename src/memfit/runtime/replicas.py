@@ -25,14 +25,14 @@ Note [DDP]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memfit.errors import UnsupportedModel
 from memfit.runtime.ranks import Ranks
+from memfit.runtime.sharding import Sharding
 
 
 class Engine:
@@ -47,12 +47,14 @@ class Engine:
         has_equal_parts: Every rank must run as many micro-batches as the others.
         held_sizes: Bytes of each block that it holds throughout, beside the parameters.
         owns_gradients: ``.grad`` lies in those blocks once gradients are together.
+        sharding: How FSDP holds the model, see ``runtime/sharding.py``.
     """
 
     may_wait = True
     has_equal_parts = False
     held_sizes: tuple[int, ...] = ()
     owns_gradients = False
+    sharding: Sharding | None = None
 
     def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
         self.model = model
@@ -78,6 +80,10 @@ class Engine:
     def joined(self, root: Tensor) -> Tensor:
         """What the last backward starts from, on all ranks, so that it brings gradients together."""
         return root
+
+    def metered(self) -> AbstractContextManager[object]:
+        """Around a step that is measured."""
+        return nullcontext()
 
 
 class Replicas(Engine):
@@ -152,14 +158,3 @@ class Replicas(Engine):
         self._ddp.require_backward_grad_sync = True  # as outside of no_sync(), which puts it back
         found: Tensor = self._ddp._post_forward(root)
         return found
-
-
-def engine_of(model: nn.Module) -> Engine:
-    """The engine of a model as the user has it.
-
-    Raises:
-        UnsupportedModel: It synchronises in a way that micro-batches cannot wait for.
-    """
-    if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
-        return Replicas(model)
-    return Engine(model)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memfit.core.audit import Audit, Kind
 from memfit.core.basis import what_changed
 from memfit.core.graph import Profile
-from memfit.errors import InexactAccumulation
+from memfit.errors import InexactAccumulation, UnsupportedModel
 from memfit.runtime.basis import basis_of
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.count import COUPLED
@@ -78,6 +78,12 @@ def in_two_passes(job: Job, count: object, stored: Profile | None, *, largest_co
         ValueError: Two passes are asked for, and the outputs are not given apart; or none has a gradient.
         InexactAccumulation: Two passes are asked for, and are not exact, or outputs have no rows.
     """
+    if job.sharding is not None and isinstance(job.loss_fn, OutputsLoss):
+        raise UnsupportedModel(
+            "outputs_fn= is not known under fully_shard, where no rank has all of the model: give "
+            "loss_fn(model, batch) and count=, or use DistributedDataParallel",
+            owner="outputs_fn",
+        )
     if not isinstance(job.loss_fn, OutputsLoss):
         if count == COUPLED:
             raise ValueError("count='coupled' needs outputs_fn=: the loss is taken on all outputs")

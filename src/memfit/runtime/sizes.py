@@ -28,6 +28,7 @@ from memfit.runtime.preserve import contents_of
 from memfit.runtime.probe import Probe, RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record
 from memfit.runtime.rehearse import loss_between, outputs_of_all, refuse_other_shapes
+from memfit.runtime.shadows import ShardedFaker
 from memfit.runtime.update import Update, record_optimizer
 
 _log = logging.getLogger("memfit")
@@ -70,6 +71,13 @@ def record_sizes(job: Job, rows: int, counts: tuple[int, ...], card: Device | No
                 "for real and profile that",
                 owner=type(job.model).__name__,
             ) from error
+        if job.sharding is not None:
+            raise UnsupportedModel(
+                f"the model cannot be planned on fake tensors ({type(error).__name__}: {error}), and under "
+                "fully_shard no rank has all of it to run: make the forward read no data (.item(), .all() of "
+                "a mask), or use DistributedDataParallel",
+                owner=type(job.model).__name__,
+            ) from error
         _log.info("fake tensors do not do here (%s: %s); recording really", type(error).__name__, error)
         with contents_of(job.model):
             return record_really(job, rows, counts)
@@ -78,7 +86,7 @@ def record_sizes(job: Job, rows: int, counts: tuple[int, ...], card: Device | No
 def _record_fakes(job: Job, rows: int, counts: tuple[int, ...], card: Device | None) -> Sizes:
     """Records every size at once, without memory."""
     device = Roofline() if card is None else card.roofline
-    faker = Faker(mode_for(job.model))
+    faker = faker_for(job)
     # Under a fake mode of the caller everything is fake already.
     with faked(job.model, faker), _entered(faker):
         batch = faker.batch(job.batch)
@@ -86,6 +94,12 @@ def _record_fakes(job: Job, rows: int, counts: tuple[int, ...], card: Device | N
             recordings = _record_counts(job, batch, rows, counts, device)
             between = _record_between(job, batch, batch, RooflineProbe(device), recordings)
         return _sizes(recordings, between, _resident_and_update(job, batch, faker, card), by_fakes=True)
+
+
+def faker_for(job: Job) -> Faker:
+    """What makes fakes of a job's tensors: whole ones of sharded parameters."""
+    faker = Faker(mode_for(job.model))
+    return faker if job.sharding is None else ShardedFaker(faker.mode, job.sharding)
 
 
 class _Between(NamedTuple):
@@ -199,7 +213,7 @@ def _record_between_really(job: Job, recordings: Iterable[Recording]) -> _Betwee
 
 def residents_of(job: Job) -> tuple[Residents, Update]:
     """What is alive throughout, and what the optimizer takes, on fakes and without running the model."""
-    faker = Faker(mode_for(job.model))
+    faker = faker_for(job)
     with faked(job.model, faker), _entered(faker):
         return _resident_and_update(job, faker.batch(job.batch), faker, None)
 
@@ -210,8 +224,12 @@ def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None
     prepare_gradients(job.model, resident=True)
     update = Update()
     if job.optimizer is not None:
-        update = record_optimizer(job.optimizer, faker, device, for_cuda=card is not None)
-    return _residents(job, batch, update), update
+        make = faker.piece if isinstance(faker, ShardedFaker) else faker
+        update = record_optimizer(job.optimizer, make, device, for_cuda=card is not None)
+    residents = _residents(job, batch, update)
+    if job.sharding is not None:
+        residents = job.sharding.residents(residents, job.held_sizes)
+    return residents, update
 
 
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:

@@ -231,6 +231,11 @@ class Splitting(Weigher):
 
     def _audited(self, batch: Any) -> Audit:
         """The audit of a batch; layers that need not be exact do not count as mixing rows."""
+        if self._job.sharding is not None:
+            return undecided(
+                "the model is under fully_shard, so no rank has all of it to probe (say what the loss is a "
+                "mean over, count='labels' for instance; memfit.audit finds it out before fully_shard)"
+            )
         with by_rows(self._job.model, self._job.batch_norm):
             largest_bytes = copy_bytes(self._job.model, self._limit_bytes)
             job = self._job._replace(batch=batch)

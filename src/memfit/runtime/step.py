@@ -54,13 +54,13 @@ from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFai
 from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.effective import Effective, Way, open_batch
+from memfit.runtime.engines import together_of
 from memfit.runtime.job import Optimizers, optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.preserve import Snapshot
 from memfit.runtime.replay import Decisions, decisions_of
 from memfit.runtime.replicas import Engine
 from memfit.runtime.rescue import is_out_of_memory, let_go_of_frames
-from memfit.runtime.together import Together
 from memfit.units import format_bytes
 
 _log = logging.getLogger("memfit")
@@ -165,7 +165,7 @@ class Step:
         self._find = find
         self._engine = engine or Engine(self._model)
         self._ranks = self._engine.ranks
-        self._together = Together(accumulation, self._engine) if self._ranks.size > 1 else None
+        self._together = together_of(accumulation, self._engine)
         self._effective: Effective | None = None
         self._decisions = decisions_of(plan.recompute, plan.levels)
         self._unverified = _VERIFIED_STEPS
@@ -216,7 +216,7 @@ class Step:
                 return self._run_verified(batch, before)
             return self._run_timed(batch) if way.is_timed else self._run(batch)
         except Exception as error:
-            if self._engine.is_broken or not is_out_of_memory(error):
+            if self._engine.is_broken or not self._engine.may_wait or not is_out_of_memory(error):
                 raise
             out_of_memory = error
         finally:
@@ -229,6 +229,8 @@ class Step:
     def _way(self, batch: Any) -> Way:
         """How a batch is to be run, as far as this rank knows."""
         self._engine.check()
+        if self._engine.sharding is not None:
+            self._engine.sharding.free()
         items = sum(tensor.numel() for _, tensor in tensors_of(batch))
         if items > self._most_items:  # longer than any so far: what held for those may not hold for it
             self._most_items, self._unverified = items, max(1, self._unverified)
@@ -380,7 +382,7 @@ class Step:
         unborn_bytes = max(0, self.profile.residents.optimizer_bytes - resident_bytes(state))
         if _is_profiled():  # on this rank, and not on another, which measures
             return self._run(batch), 0, 0
-        with PeakMeter(place, held=gradients) as meter:
+        with self._engine.metered(), PeakMeter(place, held=gradients) as meter:
             loss = self._run(batch)
         return loss, level_bytes + unborn_bytes + meter.peak_bytes, meter.alloc_retries
 

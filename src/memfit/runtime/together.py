@@ -54,6 +54,7 @@ class Together:
             total, last, sums, is_apart = None, None, Sums(), True
             try:
                 todo = self._todo(batch, micro_batch_size, effective)
+                self._run.tell_start()
                 is_apart = self._is_apart(batch, todo)
                 if is_apart:
                     total, sums = self._sums(batch, todo, decisions)

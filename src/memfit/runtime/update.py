@@ -39,6 +39,7 @@ from memfit.runtime.meter import resident_bytes
 from memfit.runtime.precision import empty_gradient, set_gradient
 from memfit.runtime.probe import OpCost, Probe, RooflineProbe, probe_for
 from memfit.runtime.record import Recording, record_update
+from memfit.runtime.sharding import local
 
 _log = logging.getLogger("memfit")
 
@@ -111,7 +112,7 @@ def with_real_costs(update: Update, optimizer: Optimizers, free_bytes: int | Non
 
     def make(tensor: Tensor) -> Tensor:
         if id(tensor) not in clones:
-            copied = tensor.detach().clone()
+            copied = local(tensor).detach().clone()
             clones[id(tensor)] = nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
             if isinstance(tensor, nn.Parameter):
                 set_gradient(clones[id(tensor)], None, tensor.grad_dtype)
