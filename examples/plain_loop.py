@@ -19,7 +19,7 @@ def loss_fn(model, batch):
     return nn.functional.cross_entropy(model(rows), labels)
 
 
-def train(path, steps):
+def train(path, steps, micro_batch_size=None):
     torch.manual_seed(0)
     layers = [m for _ in range(6) for m in (nn.Linear(128, 128), nn.GELU(), nn.Dropout(0.1))]
     model = nn.Sequential(*layers, nn.Linear(128, 10))
@@ -31,13 +31,13 @@ def train(path, steps):
     saved = torch.load(path) if path.exists() else None
     profile = memfit.Profile.from_json(saved["profile"]) if saved else None
 
-    # The same profile gives the same plan, so that a resumed run adds up in the same order.
-    step = memfit.fit(model, loss_fn, data[0], memory="3MiB", optimizer=optimizer, profile=profile)
+    # Micro-batches of the same size add up in the same order: a resumed run is the same to the bit.
+    rows = saved["rows"] if saved else micro_batch_size
+    options = {"memory": "3MiB", "optimizer": optimizer, "micro_batch_size": rows}
+    step = memfit.fit(model, loss_fn, data[0], profile=profile, **options)
     for name, part in parts.items() if saved else ():
         part.load_state_dict(saved[name])
-    if saved:
-        torch.set_rng_state(saved["random"])
-
+    torch.set_rng_state(saved["random"] if saved else torch.get_rng_state())
     losses = []
     for number in range(saved["done"] if saved else 0, steps):
         loss = step(data[number])  # forward and backward of all 256 rows
@@ -49,8 +49,8 @@ def train(path, steps):
         losses.append(float(loss))
 
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"done": steps, "random": torch.get_rng_state(), "profile": step.profile.to_json()}
-    torch.save(state, path)
+    state |= {"done": steps, "random": torch.get_rng_state(), "rows": step.plan.micro_batch_size}
+    torch.save(state | {"profile": step.profile.to_json()}, path)
     print(step.plan, step.verdict, f"losses {losses}", sep="\n")
     return losses, model
 

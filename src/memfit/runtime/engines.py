@@ -32,7 +32,7 @@ def engine_of(model: nn.Module) -> Engine:
         _refuse_other_engines(model.module)
         if is_sharded(model.module):
             raise UnsupportedModel(
-                "the model in DistributedDataParallel is under fully_shard: use one of them"
+                "the model in DistributedDataParallel is under fully_shard: use one of them", owner="model"
             )
         return Replicas(model)
     _refuse_other_engines(model)
