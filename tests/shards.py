@@ -1,4 +1,4 @@
-"""What tests of FSDP2 run on each rank; see ``tests/processes.py``."""
+"""What tests of FSDP2, and a benchmark of it and DDP, run on each rank; see ``tests/processes.py``."""
 
 from __future__ import annotations
 
@@ -86,11 +86,15 @@ def sharded(dtype: torch.dtype, kind: str = "net", **settings: Any) -> nn.Module
     return model
 
 
-def batches(ranks: int = 1, rank: int = 0) -> list[dict[str, Tensor]]:
+def replicated(dtype: torch.dtype, kind: str = "net") -> nn.Module:
+    return nn.parallel.DistributedDataParallel(net(dtype, kind))
+
+
+def batches(ranks: int = 1, rank: int = 0, steps: int = STEPS) -> list[dict[str, Tensor]]:
     """The rows of a rank; labels that do not count are more in the first rows, so that ranks differ."""
     made = torch.Generator().manual_seed(1)
     found = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         words = torch.randint(0, _WORDS, (ROWS, _LENGTH), generator=made)
         labels = torch.randint(0, _WORDS, (ROWS, _LENGTH), generator=made)
         labels[: ROWS // 2, : _LENGTH // 2] = -100
@@ -105,12 +109,12 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
-def alone(dtype: torch.dtype, kind: str = "net") -> tuple[list[float], list[Tensor]]:
+def alone(dtype: torch.dtype, kind: str = "net", steps: int = STEPS) -> tuple[list[float], list[Tensor]]:
     """One process with the whole batch, by a plain loop."""
     model = net(dtype, kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for batch in batches():
+    for batch in batches(steps=steps):
         loss = loss_of(model, batch)
         loss.backward()
         losses.append(float(loss.detach()))
@@ -126,6 +130,8 @@ class Case(NamedTuple):
     share: float | None
     dtype: torch.dtype = torch.float32
     kind: str = "net"
+    engine: str = "FSDP2"
+    steps: int = STEPS
 
 
 class Trained(NamedTuple):
@@ -146,9 +152,10 @@ def each_case(rank: int, ranks: int, cases: list[Case]) -> list[Trained]:
 
 
 def _trained(rank: int, ranks: int, case: Case) -> Trained:
-    model = sharded(case.dtype, case.kind)
+    is_sharded = case.engine == "FSDP2"
+    model = sharded(case.dtype, case.kind) if is_sharded else replicated(case.dtype, case.kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = batches(ranks, rank)
+    data = batches(ranks, rank, case.steps)
 
     profile = memfit.profile(
         model, loss_of, data[0], optimizer=optimizer, micro_batch_size=case.micro_batch_size
@@ -175,15 +182,15 @@ def _trained(rank: int, ranks: int, case: Case) -> Trained:
         optimizer.zero_grad()
     weights = [_whole(p).detach() for p in model.parameters()]
     sharding = step._accumulation.sharding
-    assert sharding is not None
-    once = sharding.reduces_once
+    assert (sharding is not None) is is_sharded
+    once = sharding is None or sharding.reduces_once
     assert step.verdict is not None
     return Trained(losses, weights, step.plan, once, predicted, measured, step.verdict.attempts)
 
 
 def _whole(tensor: Any) -> Tensor:
     """All of a sharded tensor."""
-    found: Tensor = tensor.full_tensor()
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 
 
@@ -206,6 +213,7 @@ def _metered(
     """A step whose peak is told by the meter of the step itself, or by one around it, and its update's."""
     state = [t for s in optimizer.state.values() for t in s.values()]
     level_bytes = resident_bytes([*model.parameters(), *model.buffers(), *state, *batch.values()])
+    level_bytes += sum(step._engine.held_sizes)  # the buckets of DDP
     if is_own:
         with settled(sharding_of(model)), PeakMeter("cpu") as meter:
             loss = float(step(batch))

@@ -27,8 +27,8 @@ from memfit.runtime.batch import rows_of
 from memfit.runtime.checkpointing import apply_gradient_checkpointing
 from memfit.runtime.compiled import compiled_part, size_for_graphs
 from memfit.runtime.count import COUPLED, Counter, counter_named
-from memfit.runtime.engines import engine_of
-from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer
+from memfit.runtime.engines import engine_of, job_of
+from memfit.runtime.job import Job, Optimizers, check_model
 from memfit.runtime.meter import device_memory
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
@@ -123,25 +123,11 @@ def fit(
         ValueError, TypeError: Something is not as described above.
     """
     engine = engine_of(model)
-    job = partial(_job, engine, loss_fn, outputs_fn, batch, optimizer, batch_norm)
+
+    def job() -> Job:
+        return job_of(engine, whole_loss(loss_fn, outputs_fn), batch, optimizer, batch_norm)
+
     return _step(engine, job, _Wanted(memory, micro_batch_size, count, profile, scaler))
-
-
-def _job(
-    engine: Engine,
-    loss_fn: LossFn | Callable[[Any, Any], Loss],
-    outputs_fn: OutputsFn | None,
-    batch: Any,
-    optimizer: Optimizers,
-    batch_norm: str,
-) -> Job:
-    """What is profiled: the module that runs without other ranks."""
-    loss, optimizers = whole_loss(loss_fn, outputs_fn), each_optimizer(optimizer) or None
-    job = Job(engine.model, loss, batch, optimizers, batch_norm, sharding=engine.sharding)
-    if engine.ranks.size > 1:
-        sizes = (*engine.held_sizes, engine.ranks.message_bytes)
-        job = job._replace(held_sizes=sizes, owns_gradients=engine.owns_gradients)
-    return job
 
 
 def _step(engine: Engine, make: Callable[[], Job], wanted: _Wanted) -> Step:

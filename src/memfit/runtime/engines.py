@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from memfit.errors import UnsupportedModel
 from memfit.runtime.accumulate import Accumulation
+from memfit.runtime.job import Job, Optimizers, each_optimizer
 from memfit.runtime.lockstep import Lockstep, Shards
+from memfit.runtime.micro import LossFn
 from memfit.runtime.replicas import Engine, Replicas
 from memfit.runtime.sharding import is_sharded, sharding_of
 from memfit.runtime.together import Together
@@ -50,6 +54,20 @@ def _refuse_other_engines(model: nn.Module) -> None:
                 f"for: {_CURES[kind]}",
                 owner=name or kind,
             )
+
+
+def job_of(engine: Engine, loss_fn: LossFn, batch: Any, optimizer: Optimizers, batch_norm: str) -> Job:
+    """What is profiled: the module that runs without other ranks, and what the engine holds beside it."""
+    return Job(
+        engine.model,
+        loss_fn,
+        batch,
+        each_optimizer(optimizer) or None,
+        batch_norm,
+        held_sizes=tuple(filter(None, (*engine.held_sizes, engine.ranks.message_bytes))),
+        owns_gradients=engine.owns_gradients,
+        sharding=engine.sharding,
+    )
 
 
 def together_of(run: Accumulation, engine: Engine) -> Together | None:

@@ -42,10 +42,10 @@ from memfit.runtime.compiled import (
     replays_graphs,
     size_for_graphs,
 )
-from memfit.runtime.engines import engine_of
+from memfit.runtime.engines import engine_of, job_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
-from memfit.runtime.job import Job, Optimizers, check_model, each_optimizer, optimizer_state
+from memfit.runtime.job import Job, Optimizers, check_model, optimizer_state
 from memfit.runtime.measure import measurable_rows, measure, measured_alone, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, OutputsLoss, whole_loss
@@ -103,10 +103,8 @@ def profile(
         UnsupportedModel: Parameters on several devices, or a layer cannot be as ``batch_norm`` says.
     """
     loss = whole_loss(loss_fn, outputs_fn)
-    job = Job(model, loss, batch, each_optimizer(optimizer) or None, batch_norm, outputs_fn is not None)
-    engine = engine_of(model)
-    if engine.sharding is not None:
-        job = job._replace(sharding=engine.sharding, held_sizes=(engine.ranks.message_bytes,))
+    job = job_of(engine_of(model), loss, batch, optimizer, batch_norm)
+    job = job._replace(is_two_pass=outputs_fn is not None)
     return profile_job(job, micro_batch_size=micro_batch_size, limit_bytes=limit_bytes, device=device)
 
 

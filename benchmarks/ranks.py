@@ -1,11 +1,12 @@
-"""FSDP2 on 2 and 4 processes against one process with the whole batch: weights, and peaks of each rank.
+"""DDP and FSDP2 on 2 and 4 processes against one with the whole batch: weights, and peaks of each rank.
 
-    OMP_NUM_THREADS=1 python benchmarks/sharded.py [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/ranks.py [--out FILE]
 
-Ten steps of AdamW through ``memfit.fit`` on gloo processes that share the rows of each batch, in one or three
-micro-batches, at a budget without limit, halfway to the least memory, and at that. The judge of the weights
-is a plain loop on one process (relative error of the worst parameter), the judge of the peaks the allocator:
-those of the first three steps, ``optimizer.step()`` included, the highest rank against the prediction of all.
+Thirty steps of AdamW through ``memfit.fit`` on gloo processes that share the rows of each batch, in one or
+three micro-batches, at a budget without limit, halfway to the least memory, and near that. The judge of the
+weights is a plain loop on one process (relative error of the worst parameter), the judge of the peaks the
+allocator: those of the first three steps, ``optimizer.step()`` included, the highest rank against the
+prediction of all.
 """
 
 from __future__ import annotations
@@ -24,20 +25,30 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import shards
 from processes import on_ranks
 
-PARTS_AND_SHARES = ((1, 0.5), (3, None), (3, 0.5), (3, 0.0))
+PARTS_AND_SHARES = ((1, 0.5), (3, None), (3, 0.5), (3, 0.02))
+STEPS = 30
 MODELS = (("net", torch.float32), ("llama", torch.float64), ("gpt2", torch.float64))
 Row = dict[str, Any]
 
 
 def rows() -> Iterator[Row]:
-    """One row for each number of processes, model, number of micro-batches and budget."""
-    for ranks, (kind, dtype) in itertools.product((2, 4), MODELS):
+    """One row for each engine, number of processes, model, number of micro-batches and budget."""
+    for engine, ranks, (kind, dtype) in itertools.product(("DDP", "FSDP2"), (2, 4), MODELS):
         own = shards.ROWS // ranks
-        cases = [shards.Case(-(-own // parts), share, dtype, kind) for parts, share in PARTS_AND_SHARES]
+        cases = [
+            shards.Case(-(-own // parts), share, dtype, kind, engine, STEPS)
+            for parts, share in PARTS_AND_SHARES
+        ]
         of_each = on_ranks("shards:each_case", ranks, cases, ranks=ranks)
-        losses, weights = shards.alone(dtype, kind)
+        losses, weights = shards.alone(dtype, kind, STEPS)
         for case, *found in zip(cases, *of_each, strict=True):
-            yield {"ranks": ranks, "model": kind, "dtype": str(dtype)} | _row(case, found, losses, weights)
+            yield {
+                "engine": engine,
+                "ranks": ranks,
+                "steps": STEPS,
+                "model": kind,
+                "dtype": str(dtype),
+            } | _row(case, found, losses, weights)
 
 
 def _row(
