@@ -27,6 +27,7 @@ LIGHT = ("darkgreen", "mediumblue", "goldenrod", "black", "red", "lightsalmon", 
 DARK = ("#3fa35b", "#5c82ff", "goldenrod", "#c8ccd4", "#ff4d4d", "#ffc2a8", "#b39ae6")
 _FAMILIES = ("plain", "every block", "every k-th block", "matmuls saved", "half the matmuls")
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
+_RED = "#e5355f"  # to be read on light and dark
 _HEADROOM = 1.12  # above the highest bytes: for the names of the phases
 _NAMED_FROM, _NAMED_FROM_NARROW = 0.075, 0.2  # part of the axis a phase must take to be named: wide, on a phone
 
@@ -151,10 +152,10 @@ def _marks(tables: Mapping[str, Rows] | None, y: alt.Scale) -> list[alt.Chart]:
     table = alt.Chart(_table("marks", tables))
     budget = table.transform_filter("datum.kind == 'budget'")
     at = alt.Y("total:Q", scale=y)
-    line = budget.mark_rule(strokeDash=[6, 3], strokeWidth=1.5, color="crimson").encode(y=at)
+    line = budget.mark_rule(strokeDash=[6, 3], strokeWidth=1.5, color=_RED).encode(y=at)
     label = (
         budget.transform_calculate(text="'budget ' + datum.label")
-        .mark_text(align="left", baseline="bottom", dx=4, dy=-2, fontSize=11, color="crimson", fontWeight="bold")
+        .mark_text(align="left", baseline="bottom", dx=4, dy=-2, fontSize=11, color=_RED, fontWeight="bold")
         .encode(x=alt.value(0), y=at, text="text:N")
     )
     ring = (
@@ -211,7 +212,7 @@ def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size:
     own = plans.transform_filter("datum.own").mark_point(
         shape=_STAR, filled=True, size=260, color="goldenrod", stroke="black", strokeWidth=0.8, opacity=1
     )
-    here = alt.Chart(_table("here", tables)).mark_point(size=320, strokeWidth=2, color="crimson", opacity=1)
+    here = alt.Chart(_table("here", tables)).mark_point(size=320, strokeWidth=2, color=_RED, opacity=1)
     layers = [line, hand, dots, own.encode(x=x, y=y, tooltip=told), here.encode(x=x, y=y)]
     chart = alt.layer(*layers).resolve_scale(shape="independent", color="independent")
     return chart.properties(**({"width": "container", "height": 280} | size))

@@ -64,8 +64,7 @@
     const options = { ast: true, actions: false, renderer: "svg", config: isDark() ? page.dark : page.light };
     options.tooltip = { theme: isDark() ? "dark" : "light" };
     if (views[id]) views[id].finalize();
-    views[id] = (await vegaEmbed(find(id), spec, options)).view;
-    await fill(id, tables);
+    views[id] = (await vegaEmbed(find(id), { ...spec, datasets: tables }, options)).view;
   }
   async function fill(id, tables) {
     const view = views[id];
@@ -99,6 +98,7 @@
   }
   function caption(choice) {
     const notes = [`peak ${bytes(choice.peak)} (ring) at ${choice.owner}`];
+    if (choice.recomputes) notes.push(`at most ${(100 * choice.gap).toFixed(2)} % of a step from the best plan of this kind`);
     if (choice.two_pass) notes.push("second of two passes; the first keeps no activations and is not drawn");
     if (choice.first_step) notes.push("the first step, in which the optimizer's state is born");
     return notes.join(". ") + ".";
@@ -235,7 +235,7 @@
       move(at);
     });
     find("plain-title").textContent = `Plain: ${bytes(told.plain.peak)}`;
-    find("plain-caption").textContent = `${caption(told.plain)} ${how(told.plain)}.`;
+    find("plain-caption").textContent = `${caption(told.plain)} It takes ${how(told.plain)}.`;
     open = told.graphs[told.choices[at].rows].blocks[Math.min(1, told.graphs[told.choices[at].rows].blocks.length - 1)][0];
     tell();
   }

@@ -24,9 +24,8 @@ import vl_convert
 
 import memfit
 from memfit.report import figures
-from memfit.report.contents import Contents, about, contents, data, held_against, verdict
+from memfit.report.contents import Contents, Planned, about, contents, data, held_against, verdict
 from memfit.report.reading import Source, is_number, read_source
-from memfit.report.terminal import strategy_notes
 from memfit.units import format_bytes
 
 _SCALE = 2.0  # pixels of a PNG for each of the picture
@@ -123,11 +122,9 @@ def _body(content: Contents) -> Iterator[str]:
         yield _SLIDER
         yield _TIMELINES
         yield _STRIP
-        notes = escape(strategy_notes(planned.strategies))
-        rows = held_against(content)
-        right = _held(rows) + (_LOSSES if source.losses else "")
-        yield f'<div class="pair">{_FRONTIER.replace("NOTES", notes)}<div>{right}{_advice(source)}</div></div>'
-        yield _audit(content)
+        right = _held(held_against(content)) + (_LOSSES if source.losses else "") + _audit(content)
+        left = _FRONTIER.replace("NOTES", escape(_by_hand(planned))) + _advice(source)
+        yield f'<div class="pair"><div>{left}</div><div>{right}</div></div>'
     elif source.losses:
         yield _measured(source)
         yield _LOSSES
@@ -159,6 +156,17 @@ _FRONTIER = """<section><h2>What memory buys</h2><div class="chart" id="frontier
 <p class="note">Grey: memfit's plans; ★ this report's, red ring: the slider. NOTES</p></section>"""
 
 _LOSSES = """<section><h2>Loss</h2><div class="chart" id="losses"></div></section>"""
+
+
+def _by_hand(planned: Planned) -> str:
+    """What the strategies are."""
+    blocks = list(dict.fromkeys(s.blocks for s in planned.strategies if s.blocks))
+    if not blocks:
+        return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
+    return (
+        f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}), simulated by the same code. "
+        "Plans are charged for the work of replaying each op, checkpointing for nothing but its ops."
+    )
 
 
 def _held(rows: Sequence[tuple[str, str, str, str]]) -> str:
@@ -197,9 +205,9 @@ def _audit(content: Contents) -> str:
     """Whether accumulation is exact here."""
     profile = content.source.profile
     assert profile is not None
-    told = "It was not asked: nothing here depends on it until the batch is split."
-    if profile.audit is not None:
-        told = str(profile.audit)
+    told = str(profile.audit)
+    if profile.audit is None:
+        told = "Not asked yet: before training splits a batch, memfit proves that the parts add up."
     return f"<section><h2>Audit: is accumulation exact?</h2><pre>{escape(told)}</pre></section>"
 
 
