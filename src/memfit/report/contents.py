@@ -24,7 +24,7 @@ from memfit.core.timeline import Event
 from memfit.report.reading import Source
 from memfit.units import format_bytes, format_seconds
 
-PLANS = 12
+PLANS = 10
 _PLENTY_BYTES = 1 << 62
 # The order in which they are stacked: what lives throughout first.
 CATEGORIES = (

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
+from memfit.core.frontier import Point
 from memfit.core.outline import Outline
 from memfit.report.contents import CATEGORIES, Choice, Contents, Planned, sizes_of
 from memfit.units import format_bytes, format_seconds
@@ -29,7 +30,10 @@ _FAMILIES = ("plain", "every block", "every k-th block", "matmuls saved", "half 
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 _RED = "#e5355f"  # to be read on light and dark
 _HEADROOM = 1.12  # above the highest bytes: for the names of the phases
-_NAMED_FROM, _NAMED_FROM_NARROW = 0.075, 0.2  # part of the axis a phase must take to be named: wide, on a phone
+_NAMED_FROM, _NAMED_FROM_NARROW = (
+    0.075,
+    0.2,
+)  # part of the axis a phase must take to be named: wide, on a phone
 
 
 class Unit(NamedTuple):
@@ -109,7 +113,9 @@ def timeline(scale: Axes, tables: Mapping[str, Rows] | None = None, **size: Any)
     """
     end = scale.end_s / scale.time.size
     top = _HEADROOM * scale.top_bytes / scale.memory.size
-    x = alt.X("t:Q", title=f"time in the step ({scale.time.name})", scale=alt.Scale(domain=[0, end], nice=False))
+    x = alt.X(
+        "t:Q", title=f"time in the step ({scale.time.name})", scale=alt.Scale(domain=[0, end], nice=False)
+    )
     y = alt.Scale(domain=[0, top], nice=False)
     rows = alt.Chart(_table("timeline", tables))
     areas = (
@@ -160,7 +166,9 @@ def _marks(tables: Mapping[str, Rows] | None, y: alt.Scale) -> list[alt.Chart]:
     )
     ring = (
         table.transform_filter("datum.kind == 'peak'")
-        .mark_point(shape="circle", size=70, filled=True, fill="white", stroke="black", strokeWidth=2, opacity=1)
+        .mark_point(
+            shape="circle", size=70, filled=True, fill="white", stroke="black", strokeWidth=2, opacity=1
+        )
         .encode(x="t:Q", y=at)
     )
     return [line, label, ring]
@@ -188,9 +196,10 @@ def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size:
     Reads the tables "plans", "hand" and "here" (the plan the slider is at).
     """
     scale = axes(planned)
-    x = alt.X("peak:Q", title=f"predicted peak ({scale.memory.name})", scale=alt.Scale(zero=False, padding=14))
-    y_title = f"predicted step ({scale.time.name}), not from 0"
-    y = alt.Y("seconds:Q", title=y_title, scale=alt.Scale(zero=False, padding=14))
+    points: list[Point] = [*(choice.plan for choice in planned.choices), *planned.strategies]
+    peaks, steps = ([getattr(p, f"predicted_{name}") for p in points] for name in ("peak_bytes", "step_s"))
+    x = alt.X("peak:Q", **_spread(f"predicted peak ({scale.memory.name}", peaks))
+    y = alt.Y("seconds:Q", **_spread(f"predicted step ({scale.time.name}", steps))
     told = [alt.Tooltip("what:N", title="plan"), alt.Tooltip("memory:N"), alt.Tooltip("step:N")]
     plans = alt.Chart(_table("plans", tables))
     line = plans.mark_line(color="gray", strokeWidth=1.5, interpolate="step-after").encode(x=x, y=y)
@@ -205,7 +214,9 @@ def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size:
             x=x,
             y=y,
             shape=alt.Shape("family:N", scale=alt.Scale(domain=families, range=shapes), legend=legend),
-            color=alt.Color("family:N", scale=alt.Scale(domain=families, range=_hues(families)), legend=legend),
+            color=alt.Color(
+                "family:N", scale=alt.Scale(domain=families, range=_hues(families)), legend=legend
+            ),
             tooltip=told,
         )
     )
@@ -216,6 +227,16 @@ def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size:
     layers = [line, hand, dots, own.encode(x=x, y=y, tooltip=told), here.encode(x=x, y=y)]
     chart = alt.layer(*layers).resolve_scale(shape="independent", color="independent")
     return chart.properties(**({"width": "container", "height": 280} | size))
+
+
+def _spread(title: str, values: Sequence[float]) -> dict[str, Any]:
+    """An axis that does not begin at 0, logarithmic where a few far points would squeeze the rest."""
+    is_far = max(values) > 2.5 * min(values) > 0
+    return {
+        "title": f"{title}, {'logarithmic' if is_far else 'not from 0'})",
+        "scale": alt.Scale(type="log" if is_far else "linear", zero=False, nice=False, padding=14),
+        "axis": alt.Axis(tickCount=6, labelOverlap=True),
+    }
 
 
 _STAR = (
@@ -272,7 +293,11 @@ def losses(tables: Mapping[str, Rows] | None = None, **size: Any) -> alt.LayerCh
     """The loss of each step; reads the table "losses"."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False))
-    told = [alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".6g"), alt.Tooltip("seconds:Q", format=".3g")]
+    told = [
+        alt.Tooltip("step:Q"),
+        alt.Tooltip("loss:Q", format=".6g"),
+        alt.Tooltip("seconds:Q", format=".3g"),
+    ]
     base = alt.Chart(_table("losses", tables)).encode(x=x, y=y, tooltip=told)
     chart = alt.layer(base.mark_line(color="#0072B2"), base.mark_point(filled=True, size=18, color="#0072B2"))
     return chart.properties(**({"width": "container", "height": 220} | size))
@@ -307,9 +332,7 @@ def _told(choice: Choice) -> str:
     """A plan in a few words."""
     plan = choice.plan
     parts = f"{plan.gradient_accumulation_steps} x {plan.micro_batch_size} rows"
-    return (
-        f"peak {format_bytes(plan.predicted_peak_bytes)}, {format_seconds(plan.predicted_step_s)} a step, {parts}"
-    )
+    return f"peak {format_bytes(plan.predicted_peak_bytes)}, {format_seconds(plan.predicted_step_s)} a step, {parts}"
 
 
 def _short(text: str, most: int = 110) -> str:

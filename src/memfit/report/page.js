@@ -101,7 +101,7 @@
     if (choice.recomputes) notes.push(`at most ${(100 * choice.gap).toFixed(2)} % of a step from the best plan of this kind`);
     if (choice.two_pass) notes.push("second of two passes; the first keeps no activations and is not drawn");
     if (choice.first_step) notes.push("the first step, in which the optimizer's state is born");
-    return notes.join(". ") + ".";
+    return notes.join("; ") + ".";
   }
   function legend() {
     const colours = (isDark() ? page.dark : page.light).range.category;

@@ -31,7 +31,9 @@ from memfit.units import format_bytes
 _SCALE = 2.0  # pixels of a PNG for each of the picture
 
 
-def write_report(place: Path, *, profile: Path | None = None, out: Path | None = None) -> tuple[Path, Contents]:
+def write_report(
+    place: Path, *, profile: Path | None = None, out: Path | None = None
+) -> tuple[Path, Contents]:
     """Writes the page of a run or a plan; returns where it is and what is in it.
 
     Args:
@@ -172,7 +174,9 @@ def _by_hand(planned: Planned) -> str:
 def _held(rows: Sequence[tuple[str, str, str, str]]) -> str:
     """Predicted over measured."""
     if not rows:
-        return "<section><h2>Predicted and measured</h2><p>Nothing was measured: this is a plan.</p></section>"
+        return (
+            "<section><h2>Predicted and measured</h2><p>Nothing was measured: this is a plan.</p></section>"
+        )
     lines = "".join(
         "<tr><th>" + "</th><td>".join((escape(row[0]), "</td><td>".join(map(escape, row[1:])))) + "</td></tr>"
         for row in rows
@@ -217,9 +221,7 @@ def _made_by(content: Contents) -> str:
     if is_number(content.source.result.get("steps_done")):
         versions = {**versions, "steps done": str(content.source.result["steps_done"])}
     entries = "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in versions.items())
-    return (
-        f"<section><h2>Made by</h2><pre>{escape(content.source.command)}</pre><dl>{entries}</dl></section>"
-    )
+    return f"<section><h2>Made by</h2><pre>{escape(content.source.command)}</pre><dl>{entries}</dl></section>"
 
 
 # ---- safety -----------------------------------------------------------------------------------------
@@ -228,11 +230,10 @@ def _made_by(content: Contents) -> str:
 def _policy(*scripts: str) -> str:
     """The Content-Security-Policy: these scripts, styles, nothing else."""
     hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
     )
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    )
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def _json(content: object) -> str:
