@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from memfit.core.frontier import frontier
 from memfit.core.graph import OpKey, Profile, StepGraph
 from memfit.core.outline import Point, outline, thinned
 from memfit.core.plan import Plan, find_plan, simulate
-from memfit.core.strip import blocks_of, decisions, recomputed_shares, saved_bytes
+from memfit.core.strip import blocks_of, decisions, recomputed_shares
 from memfit.core.timeline import Event
 from memfit.report.contents import PLANS, contents, sizes_of
 from memfit.report.page import page
@@ -31,7 +31,8 @@ from test_shape_of_the_code import imported_by
 
 Captured = pytest.CaptureFixture[str]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-BIG = ["train", "memfit.workloads.text:workload", "--batch-size", "4", "--steps", "2", "--memory", "64MiB"]
+BIG = ["train", "memfit.workloads.text:workload", "--batch-size", "4", "--steps", "2"]
+BIG += ["--memory", "88MiB", "--micro-batch-size", "4"]
 
 
 class Parsed(HTMLParser):
@@ -42,17 +43,23 @@ class Parsed(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.text = ""
+        self._is_in_script = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag == "script":
+        self._is_in_script = tag == "script"
+        if self._is_in_script:
             self.scripts.append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        self._is_in_script = False
+
     def handle_data(self, data: str) -> None:
-        if self.lasttag == "script" and self.scripts:
+        if self._is_in_script:
             self.scripts[-1] += data
-        self.text += data
+        else:
+            self.text += data
 
     @property
     def data(self) -> dict[str, Any]:
@@ -79,35 +86,42 @@ def profile(run: Path) -> Profile:
     return Profile.from_json((run / "profile.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def plans(run: Path, profile: Profile) -> dict[tuple[int, float], Plan]:
+    """The frontier and the plan of the run, by peak and seconds."""
+    own = Plan.from_json((run / "plan.json").read_text())
+    both = [*frontier(profile, plans=PLANS), own]
+    return {(plan.predicted_peak_bytes, plan.predicted_step_s): plan for plan in both}
+
+
 def sizes(choice: dict[str, Any]) -> list[tuple[int, ...]]:
     """The bytes of each point, category by category."""
     return list(zip(*(accumulate(column) for column in choice["sizes"]), strict=True))
 
 
 def test_the_plans_of_the_page_are_the_frontier_and_its_own(
-    run: Path, parsed: Parsed, profile: Profile
+    run: Path, parsed: Parsed, plans: dict[tuple[int, float], Plan]
 ) -> None:
     own = Plan.from_json((run / "plan.json").read_text())
-    expected = {(p.predicted_peak_bytes, p.predicted_step_s) for p in frontier(profile, plans=PLANS)}
     shown = [(choice["peak"], choice["seconds"]) for choice in parsed.data["choices"]]
     assert shown == sorted(shown)
-    assert set(shown) == expected | {(own.predicted_peak_bytes, own.predicted_step_s)}
+    assert set(shown) == set(plans)
     assert shown[parsed.data["chosen"]] == (own.predicted_peak_bytes, own.predicted_step_s)
 
 
-def test_each_peak_of_the_page_is_the_simulated_one_to_the_byte(parsed: Parsed, profile: Profile) -> None:
+def test_each_peak_of_the_page_is_the_simulated_one_to_the_byte(
+    parsed: Parsed, profile: Profile, plans: dict[tuple[int, float], Plan]
+) -> None:
     found = parsed.data
+    plain = find_plan(profile, memory=1 << 60)
     for choice in (found["plain"], *found["choices"]):
-        plan = find_plan(profile, memory=choice["budget"], micro_batch_size=choice["rows"])
+        plan = plans.get((choice["peak"], choice["seconds"]), plain)
         told = [simulate(profile, plan, first_step=first).peak for first in (False, True)]
         most = max(told, key=lambda event: event.total_bytes)
         top = max(sizes(choice), key=sum)
-        if plan.predicted_peak_bytes == choice["peak"]:
-            assert top == sizes_of(most)
-        assert sum(top) == choice["peak"]
-        assert found["texts"][choice["at"][sizes(choice).index(top)]] in choice["owner"] or (
-            choice["owner"] == "optimizer.step"
-        )
+        assert top == sizes_of(most)
+        assert sum(top) == choice["peak"] == plan.predicted_peak_bytes
+        assert found["texts"][choice["at"][sizes(choice).index(top)]] == most.owner
 
 
 def test_each_point_is_a_moment_of_the_simulation(run: Path, profile: Profile) -> None:
@@ -125,7 +139,7 @@ def test_the_picture_takes_as_long_as_the_step(parsed: Parsed) -> None:
         assert choice["end_ns"] == pytest.approx(choice["seconds"] * 1e9, rel=1e-6)
         assert sum(name == "forward" for name, _, _ in choice["phases"]) == choice["steps"]
         starts = list(accumulate(choice["at_ns"]))
-        assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a < b for a, b in pairwise(starts))
 
 
 def event(size_bytes: int) -> Event:
@@ -147,8 +161,8 @@ def test_the_highest_moment_of_every_stretch_survives(moments: list[tuple[int, i
     assert highest(kept) == highest(points)
 
 
-def test_the_strip_says_what_the_plan_says(parsed: Parsed, profile: Profile) -> None:
-    plan = min(frontier(profile, plans=3), key=lambda p: p.predicted_peak_bytes)
+def test_the_strip_says_what_the_plan_says(profile: Profile, plans: dict[tuple[int, float], Plan]) -> None:
+    plan = plans[min(plans)]
     graph = profile.graph(plan.micro_batch_size)
     letters, blocks = decisions(graph, plan), blocks_of(graph)
     assert [op for block in blocks for op in block.ops] == list(range(graph.forward_ops))
@@ -156,14 +170,23 @@ def test_the_strip_says_what_the_plan_says(parsed: Parsed, profile: Profile) -> 
     wanted = set(plan.recompute)
     saved = {save.value for save in graph.saves if graph.values[save.value].producer >= 0}
     again = {value for value in saved if graph.value_key(value) in wanted}
-    shares = recomputed_shares(blocks, letters, saved_bytes(graph))
+    shares = recomputed_shares(graph, plan)
     for block, share in zip(blocks, shares, strict=True):
         total, part = (
             sum(graph.size_bytes(v) for v in some if graph.values[v].producer in block.ops)
             for some in (saved, again)
         )
         assert share == pytest.approx(part / total if total else 0.0)
-    assert 0 < max(shares)
+    assert max(shares) > 0
+    for op, letter in zip(graph.ops, letters, strict=False):
+        kinds = {graph.value_key(v) in wanted for v in op.outputs if v in saved}
+        remade = any(graph.value_key(v) in wanted for v in op.outputs)
+        assert (
+            letter
+            == {(True, True): "p", (True, False): "r", (False, True): "k", (False, False): "."}[
+                remade, False in kinds
+            ]
+        )
 
 
 def test_the_page_is_small_and_asks_for_nothing(run: Path, parsed: Parsed) -> None:
@@ -286,7 +309,7 @@ def test_a_plain_run_has_a_page_without_plans(tmp_path: Path, capsys: Captured) 
 def test_the_command_and_the_versions_that_made_it_are_shown(run: Path, parsed: Parsed) -> None:
     stored = json.loads((run / "run.json").read_text())
     assert (
-        "memfit train memfit.workloads.text:workload --memory 64MiB --steps 2 --batch-size 4" in parsed.text
+        "memfit train memfit.workloads.text:workload --memory 88MiB --steps 2 --batch-size 4" in parsed.text
     )
     assert stored["versions"]["torch"] in parsed.text
     assert "It held: " in parsed.text

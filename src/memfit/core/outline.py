@@ -1,10 +1,10 @@
 """A whole step as a picture shows it: live bytes over predicted time, in few points, with every peak.
 
 Note [Outline]
- 1. A step is drawn as it runs: (the loss of all, in two passes), each micro-batch, the optimizer step. The
-    first micro-batch is lower, for gradients grow in it; all later ones are drawn like the second.
- 2. Seconds are those of the ops, stretched so that they sum to what the plan says the step takes: parts of the
-    effective batch may be a little smaller than the recorded micro-batch. The first of two passes keeps
+ 1. A step is drawn as it runs: (the loss of all, in two passes), each micro-batch, the optimizer step.
+    The first micro-batch is lower, for gradients grow in it; all later ones are drawn like the second.
+ 2. Seconds are those of the ops, stretched so that they sum to what the plan says the step takes: parts of
+    the effective batch may be a little smaller than the recorded micro-batch. The first of two passes keeps
     no activations and is not drawn.
  3. Time is cut into equal stretches; of each the highest and the lowest moment stay, with all their bytes. So
     the peak is to the byte, and each point is the highest or the lowest of its surroundings.

@@ -9,7 +9,7 @@ Note [Strip]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,7 +17,7 @@ from memfit.core.graph import StepGraph
 from memfit.core.plan import Plan, dropped_values
 from memfit.core.strategies import repeated_blocks
 
-KEPT, RECOMPUTED, NOTHING = "k", "r", "."
+KEPT, RECOMPUTED, PARTLY, NOTHING = "k", "r", "p", "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +35,45 @@ def blocks_of(graph: StepGraph) -> tuple[Block, ...]:
     return tuple(Block(_name(graph, ops), ops) for ops in ranges if len(ops))
 
 
-def saved_bytes(graph: StepGraph) -> tuple[int, ...]:
-    """What autograd saves of the outputs of each forward op, in bytes."""
+def saved_bytes(graph: StepGraph, without: Container[int] = ()) -> tuple[int, ...]:
+    """What autograd saves of the outputs of each forward op, in bytes, but for some values."""
     found = [0] * graph.forward_ops
     for value in {save.value for save in graph.saves}:
         producer = graph.values[value].producer
-        if 0 <= producer < graph.forward_ops:
+        if 0 <= producer < graph.forward_ops and value not in without:
             found[producer] += graph.size_bytes(value)
     return tuple(found)
 
 
 def decisions(graph: StepGraph, plan: Plan) -> str:
-    """One letter for each forward op: ``r`` it is recomputed, ``k`` what is saved of it is kept, ``.`` neither.
+    """One letter for each forward op.
+
+    ``r`` it is recomputed; ``p`` too, and some of what is saved of it is kept all the same; ``k`` what is
+    saved of it is kept; ``.`` neither.
 
     Raises:
         ValueError: The plan was made from another profile.
     """
     dropped = dropped_values(graph, plan)
     letters = []
-    for op, size_bytes in zip(graph.ops, saved_bytes(graph), strict=False):
-        is_recomputed = any(value in dropped for value in op.outputs)
-        letters.append(RECOMPUTED if is_recomputed else KEPT if size_bytes else NOTHING)
+    for op, kept_bytes in zip(graph.ops, saved_bytes(graph, dropped), strict=False):
+        is_recomputed = not dropped.keys().isdisjoint(op.outputs)
+        again = PARTLY if kept_bytes else RECOMPUTED
+        letters.append(again if is_recomputed else KEPT if kept_bytes else NOTHING)
     return "".join(letters)
 
 
-def recomputed_shares(blocks: Iterable[Block], letters: str, sizes: tuple[int, ...]) -> tuple[float, ...]:
-    """For each block, how much of the bytes saved in it is recomputed, from 0 to 1. See Note [Strip] 2."""
+def recomputed_shares(graph: StepGraph, plan: Plan) -> tuple[float, ...]:
+    """For each block, how much of the bytes saved in it is recomputed, from 0 to 1. See Note [Strip] 2.
+
+    Raises:
+        ValueError: The plan was made from another profile.
+    """
+    total, kept = saved_bytes(graph), saved_bytes(graph, dropped_values(graph, plan))
     found = []
-    for block in blocks:
-        total = sum(sizes[op] for op in block.ops)
-        again = sum(sizes[op] for op in block.ops if letters[op] == RECOMPUTED)
-        found.append(again / total if total else 0.0)
+    for block in blocks_of(graph):
+        total_bytes, kept_bytes = (sum(sizes[op] for op in block.ops) for sizes in (total, kept))
+        found.append(1 - kept_bytes / total_bytes if total_bytes else 0.0)
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """Everything a report shows, as plain data: which plans there are, and what each does. Draws nothing.
 
 Note [The plans of a report]
- 1. The slider moves over the frontier of the profile: few plans, planned here, and the report's own among them.
+ 1. The slider moves over the frontier of the profile: few plans, planned here, and the report's own one.
  2. Where the batch may not be split (a layer looks across its rows, the audit says no), nor is it here; a
     micro-batch that was pinned stays pinned.
  3. *Plain* is the largest recorded micro-batch without any recomputation: the whole batch, where it was
@@ -198,9 +198,7 @@ def _pinned(source: Source, profile: Profile) -> int | None:
 def _choice(profile: Profile, plan: Plan) -> Choice:
     """A plan drawn up."""
     graph = profile.graph(plan.micro_batch_size)
-    letters = decisions(graph, plan)
-    shares = recomputed_shares(blocks_of(graph), letters, saved_bytes(graph))
-    return Choice(plan, outline(profile, plan), letters, shares)
+    return Choice(plan, outline(profile, plan), decisions(graph, plan), recomputed_shares(graph, plan))
 
 
 def _choice_data(choice: Choice, texts: dict[str, int]) -> dict[str, Any]:

@@ -332,7 +332,8 @@ def _told(choice: Choice) -> str:
     """A plan in a few words."""
     plan = choice.plan
     parts = f"{plan.gradient_accumulation_steps} x {plan.micro_batch_size} rows"
-    return f"peak {format_bytes(plan.predicted_peak_bytes)}, {format_seconds(plan.predicted_step_s)} a step, {parts}"
+    peak, step = format_bytes(plan.predicted_peak_bytes), format_seconds(plan.predicted_step_s)
+    return f"peak {peak}, {step} a step, {parts}"
 
 
 def _short(text: str, most: int = 110) -> str:

@@ -174,9 +174,10 @@
       const label = (text.startsWith(name + ".") ? text.slice(name.length + 1) : text)
         .replace("aten.", "").replace(".default", "");
       const size = graph.saved[op] ? bytes(graph.saved[op]) : "on the way";
-      chip.className = letter === "r" ? "again" : "kept";
-      chip.textContent = `${label} · ${size}`;
-      chip.title = `${text}: ${size}, ${letter === "r" ? "recomputed" : "kept"}`;
+      chip.className = letter === "k" ? "kept" : "again";
+      const partly = letter === "p" ? " · partly" : "";
+      chip.textContent = `${label} · ${size}${partly}`;
+      chip.title = `${text}: ${size}, ${letter === "k" ? "kept" : "recomputed"}${partly}`;
       chips.push(chip);
     }
     const rest = document.createElement("span");

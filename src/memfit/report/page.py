@@ -2,8 +2,8 @@
 
 Note [What comes from outside]
  1. Names of modules, paths and options may hold anything. In HTML they are escaped; in the JSON that the
-    script reads, ``<``, ``>`` and ``&`` are written as ``\\u003c`` and so on, so that no tag can begin or end there;
-    the script sets them as text only.
+    script reads, ``<``, ``>`` and ``&`` are written as ``\\u003c`` and so on, so that no tag begins or ends
+    there; the script sets them as text only.
  2. The Content-Security-Policy allows two scripts by their SHA-256, styles, and nothing else: not a
     request, not a frame, not ``eval``. Vega evaluates its expressions with an interpreter.
 """
@@ -135,12 +135,13 @@ def _body(content: Contents) -> Iterator[str]:
 
 _SLIDER = """<section class="slider"><label for="budget"><span>memory <b id="amount"></b></span>
 <output id="effect" for="budget"></output></label>
-<input id="budget" type="range" min="0" step="1" aria-label="memory, from the least that works to no recomputation">
+<input id="budget" type="range" min="0" step="1"
+ aria-label="memory, from the least that works to no recomputation">
 </section>"""
 
 _TIMELINES = """<section><h2>Where the memory goes</h2>
-<p class="note">Live bytes over one step, on the same axes; shaded: backward. Move the slider to plan for another
-memory; ★ is the plan of this report.</p>
+<p class="note">Live bytes over one step, on the same axes; shaded: backward. Move the slider to plan for
+another memory; ★ is the plan of this report.</p>
 <div class="pair"><figure><h3 id="plain-title"></h3><div class="chart" id="plain"></div>
 <figcaption id="plain-caption"></figcaption></figure>
 <figure><h3 id="planned-title"></h3><div class="chart" id="planned"></div>
@@ -148,10 +149,11 @@ memory; ★ is the plan of this report.</p>
 <ul class="legend" id="legend"></ul></section>"""
 
 _STRIP = """<section><h2>What is kept, what is recomputed</h2>
-<p class="note">The model from first to last; a block is filled by the share of its saved bytes. Point at one for its
-operations.</p>
+<p class="note">The model from first to last; a block is filled by the share of its saved bytes. Point at one
+for its operations.</p>
 <div class="strip" id="strip"></div>
-<ul class="legend"><li><i class="kept"></i>kept for the backward</li><li><i class="again"></i>recomputed</li></ul>
+<ul class="legend"><li><i class="kept"></i>kept for the backward</li>
+<li><i class="again"></i>recomputed</li></ul>
 <div class="ops" id="ops"></div></section>"""
 
 _FRONTIER = """<section><h2>What memory buys</h2><div class="chart" id="frontier"></div>
@@ -166,8 +168,8 @@ def _by_hand(planned: Planned) -> str:
     if not blocks:
         return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
     return (
-        f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}), simulated by the same code. "
-        "Plans are charged for the work of replaying each op, checkpointing for nothing but its ops."
+        f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}), simulated by the same "
+        "code. Plans are charged for the work of replaying each op, checkpointing for nothing but its ops."
     )
 
 
@@ -233,7 +235,8 @@ def _policy(*scripts: str) -> str:
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in scripts
     )
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    others = "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {hashes}; {others}"
 
 
 def _json(content: object) -> str:
