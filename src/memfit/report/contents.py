@@ -122,7 +122,8 @@ def verdict(content: Contents) -> str:
 def _how(plan: Plan) -> str:
     """How a plan runs the batch."""
     steps, rows = plan.gradient_accumulation_steps, plan.micro_batch_size
-    parts = f"{steps} micro-batches of at most {rows} rows" if steps > 1 else f"All {rows} rows at once"
+    counted = f"{rows} row{'s' if rows != 1 else ''}"
+    parts = f"{steps} micro-batches of at most {counted}" if steps > 1 else f"All {counted} at once"
     share = plan.recompute_s / plan.predicted_step_s if plan.predicted_step_s else 0.0
     again = f"{share:.1%} of a step recomputing" if plan.recomputes else "nothing recomputed"
     return f"{parts}, {again}"

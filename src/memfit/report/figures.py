@@ -24,6 +24,7 @@ from memfit.report.contents import CATEGORIES, Choice, Contents, Planned, sizes_
 from memfit.units import format_bytes, format_seconds
 
 Rows = list[dict[str, Any]]
+Chart = Any  # of Altair; what its methods return is typed too loosely to say more
 LIGHT = ("darkgreen", "mediumblue", "goldenrod", "black", "red", "lightsalmon", "mediumpurple")
 DARK = ("#3fa35b", "#5c82ff", "goldenrod", "#c8ccd4", "#ff4d4d", "#ffc2a8", "#b39ae6")
 _FAMILIES = ("plain", "every block", "every k-th block", "matmuls saved", "half the matmuls")
@@ -104,7 +105,7 @@ def mark_rows(choice: Choice, scale: Axes, *, with_budget: bool = True) -> Rows:
 # ---- charts -----------------------------------------------------------------------------------------
 
 
-def timeline(scale: Axes, tables: Mapping[str, Rows] | None = None, **size: Any) -> alt.LayerChart:
+def timeline(scale: Axes, tables: Mapping[str, Rows] | None = None, **size: Any) -> Chart:
     """Stacked live bytes over a step; reads the tables "timeline", "phases" and "marks".
 
     Args:
@@ -135,7 +136,7 @@ def timeline(scale: Axes, tables: Mapping[str, Rows] | None = None, **size: Any)
     return alt.layer(*layers).properties(**({"width": "container", "height": 260} | size))
 
 
-def _phases(end: float, tables: Mapping[str, Rows] | None) -> list[alt.Chart]:
+def _phases(end: float, tables: Mapping[str, Rows] | None) -> list[Any]:
     """Each backward shaded, and the phases named where there is room."""
     named_from = end * (_NAMED_FROM_NARROW if tables is None else _NAMED_FROM)
     table = alt.Chart(_table("phases", tables))
@@ -153,7 +154,7 @@ def _phases(end: float, tables: Mapping[str, Rows] | None) -> list[alt.Chart]:
     return [shade, names]
 
 
-def _marks(tables: Mapping[str, Rows] | None, y: alt.Scale) -> list[alt.Chart]:
+def _marks(tables: Mapping[str, Rows] | None, y: alt.Scale) -> list[Any]:
     """The budget as a line, the peak as a ring."""
     table = alt.Chart(_table("marks", tables))
     budget = table.transform_filter("datum.kind == 'budget'")
@@ -174,7 +175,7 @@ def _marks(tables: Mapping[str, Rows] | None, y: alt.Scale) -> list[alt.Chart]:
     return [line, label, ring]
 
 
-def _pointer(rows: alt.Chart, scale: Axes, x: alt.X) -> alt.Chart:
+def _pointer(rows: Any, scale: Axes, x: alt.X) -> Any:
     """A line that follows the pointer and tells what is there."""
     hover = alt.selection_point(
         name="at", nearest=True, on="pointermove", fields=["t"], empty=False, clear="pointerout"
@@ -190,7 +191,7 @@ def _pointer(rows: alt.Chart, scale: Axes, x: alt.X) -> alt.Chart:
     return line.add_params(hover)
 
 
-def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size: Any) -> alt.LayerChart:
+def frontier(planned: Planned, tables: Mapping[str, Rows] | None = None, **size: Any) -> Chart:
     """Seconds against peak: the plans as a line, the report's own a star, what is done by hand as marks.
 
     Reads the tables "plans", "hand" and "here" (the plan the slider is at).
@@ -234,7 +235,9 @@ def _spread(title: str, values: Sequence[float]) -> dict[str, Any]:
     is_far = max(values) > 2.5 * min(values) > 0
     return {
         "title": f"{title}, {'logarithmic' if is_far else 'not from 0'})",
-        "scale": alt.Scale(type="log" if is_far else "linear", zero=False, nice=False, padding=14),
+        "scale": alt.Scale(type="log", nice=False, padding=14)
+        if is_far
+        else alt.Scale(zero=False, nice=False, padding=14),
         "axis": alt.Axis(tickCount=6, labelOverlap=True),
     }
 
@@ -289,7 +292,7 @@ def _point(what: str, peak_bytes: int, step_s: float, scale: Axes) -> dict[str, 
     }
 
 
-def losses(tables: Mapping[str, Rows] | None = None, **size: Any) -> alt.LayerChart:
+def losses(tables: Mapping[str, Rows] | None = None, **size: Any) -> Chart:
     """The loss of each step; reads the table "losses"."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False))
@@ -303,7 +306,7 @@ def losses(tables: Mapping[str, Rows] | None = None, **size: Any) -> alt.LayerCh
     return chart.properties(**({"width": "container", "height": 220} | size))
 
 
-def hero(content: Contents) -> alt.VConcatChart:
+def hero(content: Contents) -> Chart:
     """The main picture: the plain step over the planned one, on the same axes, with a legend.
 
     Raises:
@@ -340,7 +343,7 @@ def _short(text: str, most: int = 110) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _key() -> alt.LayerChart:
+def _key() -> Chart:
     """The legend as a row of squares and names."""
     ends = accumulate(6 * len(name) + 34 for name in CATEGORIES)
     rows = [{"name": name, "at": at} for name, at in zip(CATEGORIES, (6, *ends), strict=False)]

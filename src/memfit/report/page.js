@@ -60,8 +60,16 @@
 
   // ---- charts
   const isDark = () => document.documentElement.dataset.theme === "dark";
+  // Vega-Lite forgets that the datum of a Voronoi cell wraps the row, where a tooltip is text.
+  function patch(spec) {
+    for (const mark of spec.marks.filter((each) => (each.name || "").endsWith("_voronoi"))) {
+      const tooltip = mark.encode.update.tooltip;
+      tooltip.signal = tooltip.signal.replace(/(?<!\.)datum\["/g, 'datum.datum["');
+    }
+    return spec;
+  }
   async function draw(id, spec, tables) {
-    const options = { ast: true, actions: false, renderer: "svg", config: isDark() ? page.dark : page.light };
+    const options = { ast: true, actions: false, patch, renderer: "svg", config: isDark() ? page.dark : page.light };
     options.tooltip = { theme: isDark() ? "dark" : "light" };
     if (views[id]) views[id].finalize();
     views[id] = (await vegaEmbed(find(id), { ...spec, datasets: tables }, options)).view;
@@ -90,7 +98,7 @@
 
   // ---- text
   function how(choice) {
-    const rows = `${choice.rows} rows`;
+    const rows = `${choice.rows} row${choice.rows === 1 ? "" : "s"}`;
     const parts = choice.steps > 1 ? `${choice.steps} micro-batches of at most ${rows}` : `all ${rows} at once`;
     const share = percent(choice.recompute_s / choice.seconds);
     const again = choice.recomputes ? `${choice.recomputes} tensors recomputed, ${share} of the step` : "nothing recomputed";

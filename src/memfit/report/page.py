@@ -28,6 +28,7 @@ from memfit.report.contents import Contents, Planned, about, contents, data, hel
 from memfit.report.reading import Source, is_number, read_source
 from memfit.units import format_bytes
 
+_GLOBALS = "window.vegaEmbed = vegaEmbed;"
 _SCALE = 2.0  # pixels of a PNG for each of the picture
 
 
@@ -262,7 +263,7 @@ def _finite(content: Any) -> Any:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script."""
-    text = vl_convert.javascript_bundle()
+    text = vl_convert.javascript_bundle(_GLOBALS)
     assert "</script" not in text.lower()
     return text
 
