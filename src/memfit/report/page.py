@@ -29,7 +29,7 @@ from memfit.report.reading import Source, is_number, read_source
 from memfit.units import format_bytes
 
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
-_SCALE = 2.0  # pixels of a PNG for each of the picture
+_SCALE = 2.0
 
 
 def write_report(
@@ -55,8 +55,11 @@ def write_report(
     return target, content
 
 
-def write_picture(content: Contents, target: Path, kind: str) -> None:
+def write_picture(content: Contents, target: Path, kind: str, *, scale: float = _SCALE) -> None:
     """Writes the main picture as "png" or "svg", without a browser.
+
+    Args:
+        scale: Pixels of a PNG for each of the picture.
 
     Raises:
         ValueError: The report has no plan.
@@ -64,7 +67,7 @@ def write_picture(content: Contents, target: Path, kind: str) -> None:
     """
     chart = figures.hero(content).to_dict()
     if kind == "png":
-        target.write_bytes(vl_convert.vegalite_to_png(chart, scale=_SCALE))
+        target.write_bytes(vl_convert.vegalite_to_png(chart, scale=scale))
     else:
         target.write_text(vl_convert.vegalite_to_svg(chart), "utf-8")
 
