@@ -33,7 +33,7 @@ def main() -> None:
     print(plan)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = contents(Source("Llama 7B", "python examples/picture.py", plan, profile), plans=2)
-    write_picture(content, target, "png", scale=1.25)
+    write_picture(content, target, "png", scale=1.0)
 
 
 if __name__ == "__main__":
