@@ -101,7 +101,7 @@
     const rows = `${choice.rows} row${choice.rows === 1 ? "" : "s"}`;
     const parts = choice.steps > 1 ? `${choice.steps} micro-batches of at most ${rows}` : `all ${rows} at once`;
     const share = percent(choice.recompute_s / choice.seconds);
-    const again = choice.recomputes ? `${choice.recomputes} tensors recomputed, ${share} of the step` : "nothing recomputed";
+    const again = choice.recomputes ? `${choice.recomputes} tensor${choice.recomputes === 1 ? "" : "s"} recomputed, ${share} of the step` : "nothing recomputed";
     return `${parts}, ${again}`;
   }
   function caption(choice) {
