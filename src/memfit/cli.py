@@ -158,7 +158,10 @@ def train(
         )
         with TerminalWatcher(Console(stderr=True)) as watcher:
             result = run_training(options, watcher)
-    _end(result, as_json=as_json)
+    if result.is_first:
+        _show(result.as_json() if as_json else result_table(result))
+        _report_of(out, cap_bytes)
+    _end(result)
 
 
 @app.command()
@@ -233,6 +236,35 @@ def frontier(
     print(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
 
 
+@app.command()
+def report(
+    run_or_plan: Annotated[Path, typer.Argument(help="The --out of a train, or a plan of plan --json.")],
+    *,
+    profile: Annotated[
+        Path | None, typer.Option(help="The profile of a plan; by default profile.json beside it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default RUN/report.html, or PLAN.html beside the plan.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the timeline as a PNG, too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the timeline as an SVG, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page that shows a run or a plan; it opens from disk without a network."""
+    from memfit.report.page import write_picture, write_report
+
+    page, content = write_report(run_or_plan, profile=profile, out=out)
+    written = {"page": str(page)}
+    for kind, path in (("png", png), ("svg", svg)):
+        if path is not None:
+            write_picture(content, path, kind)
+            written[kind] = str(path)
+    if as_json:
+        _show(written)
+    else:
+        print("\n".join(written.values()))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
@@ -260,6 +292,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("Interrupted.")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _report_of(folder: Path, cap_bytes: int | None) -> None:
+    """Writes the page of a run that has ended; a run is not lost because its page cannot be written."""
+    from memfit.report.page import write_report
+
+    if cap_bytes is not None:
+        from memfit.runtime.meter import lift_hard_cap
+
+        lift_hard_cap()
+    try:
+        page, _ = write_report(folder)
+    except (MemfitError, ValueError, OSError) as error:
+        _say(f"The report was not written: {error}")
+    else:
+        _say(f"Report: {page}")
 
 
 def _recorded(
@@ -316,10 +364,8 @@ def _card(device: str | None) -> Card | None:
     return DEVICES.get((device or "").strip().lower())
 
 
-def _end(result: RunResult, *, as_json: bool) -> None:
-    """Shows what a run came to, once for all its processes, and ends with its exit code."""
-    if result.is_first:
-        _show(result.as_json() if as_json else result_table(result))
+def _end(result: RunResult) -> None:
+    """Ends all processes of a run with its exit code; the first one says why."""
     if result.interrupted:
         if result.is_first:
             _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")

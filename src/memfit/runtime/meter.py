@@ -189,7 +189,7 @@ def set_hard_cap(extra_bytes: int) -> None:
     Beyond that torch raises ``RuntimeError: DefaultCPUAllocator: can't allocate memory``: a real
     out-of-memory without a GPU. Everything counts, also the stacks of new threads, the interpreter and
     the trace of a ``PeakMeter``, so warm up first and do not measure at the same time.
-    It binds until the process ends: use a child process.
+    It binds until :func:`lift_hard_cap`, or until the process ends.
 
     Raises:
         OSError: Not a Linux machine.
@@ -204,6 +204,14 @@ def set_hard_cap(extra_bytes: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit_bytes = min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
+
+
+def lift_hard_cap() -> None:
+    """Takes the cap of :func:`set_hard_cap` away again, once the work it was for is done."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _alloc_retries(device: torch.device) -> int:
