@@ -39,7 +39,7 @@ def rows() -> Iterator[Row]:
             shards.Case(-(-own // parts), share, dtype, kind, engine, STEPS)
             for parts, share in PARTS_AND_SHARES
         ]
-        of_each = on_ranks("shards:each_case", ranks, cases, ranks=ranks)
+        of_each = on_ranks("shards:each_case", ranks, cases, ranks=ranks, slowest_s=600)
         losses, weights = shards.alone(dtype, kind, STEPS)
         for case, *found in zip(cases, *of_each, strict=True):
             yield {

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_SLOWEST_S = 120
+SLOWEST_S = 120.0
 
 
 class Ended(NamedTuple):
@@ -21,7 +21,7 @@ class Ended(NamedTuple):
     error: str = ""
 
 
-def on_ranks(target: str, *arguments: Any, ranks: int = 2) -> list[Any]:
+def on_ranks(target: str, *arguments: Any, ranks: int = 2, slowest_s: float = SLOWEST_S) -> list[Any]:
     """What ``module:function(rank, *arguments)`` returns on each rank of a gloo group.
 
     The modules are those beside this one.
@@ -29,13 +29,13 @@ def on_ranks(target: str, *arguments: Any, ranks: int = 2) -> list[Any]:
     Raises:
         AssertionError: It raised on a rank; with all tracebacks.
     """
-    ended = ends_of(target, *arguments, ranks=ranks)
+    ended = ends_of(target, *arguments, ranks=ranks, slowest_s=slowest_s)
     failed = [f"rank {rank}: {one.error}" for rank, one in enumerate(ended) if one.error]
     assert not failed, "\n".join(failed)
     return [one.value for one in ended]
 
 
-def ends_of(target: str, *arguments: Any, ranks: int = 2) -> list[Ended]:
+def ends_of(target: str, *arguments: Any, ranks: int = 2, slowest_s: float = SLOWEST_S) -> list[Ended]:
     """How each rank ended."""
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder, "task")
@@ -52,7 +52,7 @@ def ends_of(target: str, *arguments: Any, ranks: int = 2) -> list[Ended]:
             for rank in range(ranks)
         ]
         try:
-            said = [process.communicate(timeout=_SLOWEST_S)[0] for process in started]
+            said = [process.communicate(timeout=slowest_s)[0] for process in started]
         finally:
             for process in started:
                 process.kill()
