@@ -336,7 +336,8 @@ def refusals(rank: int) -> dict[str, str]:
 
     def weighted(model: nn.Module, batch: Any) -> Tensor:
         losses = nn.functional.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
-        return (losses * batch["w"]).sum() / batch["w"].sum()
+        found: Tensor = (losses * batch["w"]).sum() / batch["w"].sum()
+        return found
 
     def unlike() -> None:
         """Weights, of which one is negative on rank 1 only: they are no counter there."""
