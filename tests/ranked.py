@@ -334,11 +334,24 @@ def refusals(rank: int) -> dict[str, str]:
         scores: Tensor = model(batch["inputs"])
         return (scores @ scores.T).logsumexp(1).mean()
 
+    def weighted(model: nn.Module, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
+        found: Tensor = (losses * batch["w"]).sum() / batch["w"].sum()
+        return found
+
+    def unlike() -> None:
+        """Weights, of which one is negative on rank 1 only: they are no counter there."""
+        w = torch.rand(len(batch["labels"]), generator=torch.Generator().manual_seed(rank)).double()
+        w[0] = -0.5 if rank else w[0]
+        given = {"inputs": batch["inputs"], "labels": batch["labels"].clamp(min=0), "w": w}
+        memfit.fit(DistributedDataParallel(net()), weighted, given, memory="64MiB", micro_batch_size=2)(given)
+
     _, step = fit(net(), fails_on_1)
     heard("one rank fails", lambda: step(batch))
     heard("again", lambda: step(batch))
     heard("no memory", lambda: fit(net(), memory=1000 + rank))
     heard("another budget", lambda: fit(net(), memory="64MiB" if rank == 0 else "1KiB"))
+    heard("unlike", unlike)
     heard("coupled", lambda: fit(net(), coupled, count="auto"))
     batch_norm = nn.Sequential(nn.Linear(40, 10), nn.BatchNorm1d(10)).double()
     heard("batch norm", lambda: fit(batch_norm))

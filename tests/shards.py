@@ -291,6 +291,15 @@ def refusals(rank: int) -> list[str]:
             memfit.fit(model, loss_of, given, memory=1 << 40, micro_batch_size=3, count=counted)(given)
         except (memfit.InexactAccumulation, ValueError) as error:
             found.append(str(error))
+    hidden: Any = torch.compile(loss_of, backend="eager")
+    for ask in (
+        lambda: memfit.fit(model, hidden, batch, memory=1 << 40, count="labels"),
+        lambda: memfit.audit(model, loss_of, batch),
+    ):
+        try:
+            ask()
+        except memfit.UnsupportedModel as error:
+            found.append(str(error))
     return found
 
 

@@ -137,6 +137,8 @@ def test_what_goes_wrong_on_one_rank_is_said_on_all(ran: list[dict[str, Any]]) -
     }.items():
         for rank in (first, second):
             assert rank[name].replace("rank 0: ", "").startswith(start), (name, rank[name])
+    assert first["unlike"].startswith("InexactAccumulation: rank 1: the ranks do not count alike")
+    assert second["unlike"] == first["unlike"].replace("rank 1: ", "")
     assert "count='rows'" in first["coupled"]
     assert "batch_norm='frozen'" in first["batch norm"]
     assert first["loss"] == second["loss"]

@@ -85,7 +85,7 @@ def test_casts_of_parameters_and_gradients_are_predicted(of_two: list[Any]) -> N
 
 def test_ways_of_sharding_that_are_not_known_are_refused_with_a_cure(of_two: list[Any]) -> None:
     for *_, refusals in of_two:
-        part, quiet, ahead, narrow, replicated, offloaded, uncounted, nothing = refusals
+        part, quiet, ahead, narrow, replicated, offloaded, uncounted, nothing, compiled, audited = refusals
         assert "shard it last" in part
         assert "leave FSDP's set_* methods" in quiet
         assert "leave set_modules_to_*_prefetch out" in ahead
@@ -94,3 +94,5 @@ def test_ways_of_sharding_that_are_not_known_are_refused_with_a_cure(of_two: lis
         assert "leave offload_policy out" in offloaded
         assert "count='labels'" in uncounted
         assert "nothing counts" in nothing
+        assert "leave torch.compile out" in compiled
+        assert "audit it before fully_shard" in audited

@@ -191,6 +191,7 @@ def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> 
     with ranks.together():
         audit = profile.audit if counter_named(wanted.count) is None else None
         splitting = Splitting(job, wanted.count, limit_bytes=budget_bytes, audit=audit)
+        splitting.refuse_unknown()
     plan = Plan.from_json(plan_text)
     return _Fitted(job, splitting, plan, profile, lambda now: splitting.find(now, budget_bytes))
 

@@ -382,9 +382,10 @@ def _launched(processes: int, arguments: list[str]) -> int:
     """Runs the same in several processes, without the option that says how many."""
     from memfit.runtime.group import launch
 
-    at = next(index for index, argument in enumerate(arguments) if argument.startswith("--nproc"))
-    values = 1 if "=" in arguments[at] else 2
-    return launch(processes, arguments[:at] + arguments[at + values :])
+    rest = list(arguments)
+    while (at := next((i for i, said in enumerate(rest) if said.startswith("--nproc")), None)) is not None:
+        del rest[at : at + (1 if "=" in rest[at] else 2)]
+    return launch(processes, rest)
 
 
 def _check_memory(memory: str | None) -> None:

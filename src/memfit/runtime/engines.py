@@ -18,7 +18,7 @@ from memfit.runtime.together import Together
 
 _CURES = {  # of modules that communicate in ways of their own, by the name of their class
     "FullyShardedDataParallel": "use torch.distributed.fsdp.fully_shard",
-    "DistributedDataParallel": "wrap the whole model, once",
+    "DistributedDataParallel": "wrap the whole model, once, and compile it before that",
     "DataParallel": "use DistributedDataParallel, one process a device",
     "DeepSpeedEngine": "give memfit the plain module, and use fully_shard for many devices",
 }

@@ -302,6 +302,12 @@ def _opaque(
             "plan the module you gave to torch.compile (its ._orig_mod)",
             owner=part,
         )
+    if job.sharding is not None:  # real steps would wait for the other ranks
+        raise UnsupportedModel(
+            f"{part} is compiled by torch.compile, which hides its ops, and under fully_shard no rank has "
+            "all of the model to run: leave torch.compile out",
+            owner=part,
+        )
     warnings.warn(
         f"{part} is compiled by torch.compile, which hides its ops: memfit chooses the micro-batch and "
         "recomputes nothing. Give it the module itself (its ._orig_mod) to plan every tensor, or compile its "

@@ -132,11 +132,25 @@ class Splitting(Weigher):
             why, owner, ways = self.audit.reason, self.audit.owner, self.audit.cures
         else:
             return
-        own = "" if self._barred is not None else ", or say count='rows': the mean of the ranks' own losses"
+        parts = ", or say count='rows': the mean of the micro-batches' own losses, which is another gradient"
+        own = "" if self._barred is not None else parts
         told = ", or ".join(way for way in ways if way != KEEP_WHOLE) or "gather the outputs in loss_fn"
         raise InexactAccumulation(
             f"the batches of {ranks} ranks cannot be added up exactly: {why}: {told}{own}", owner=owner
         )
+
+    def refuse_unknown(self) -> None:
+        """Refuses a batch in which this rank cannot count what an audit on another one has found.
+
+        Raises:
+            InexactAccumulation: It cannot.
+        """
+        if self.known is None and self.audit is not None:
+            raise InexactAccumulation(
+                f"the ranks do not count alike: {self.audit.reason}: say with count= what the loss is a mean "
+                "over",
+                owner=self.audit.owner,
+            )
 
     def find(self, profile: Profile, memory: int, batch: Any = None) -> Plan:
         """The best exact plan. Without a batch nothing new can be proved, and what is not proved stays whole.

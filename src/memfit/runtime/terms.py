@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from memfit.core.audit import ROWS, Audit, Kind
+from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_type
 from memfit.runtime.audit import LARGEST_COPY_BYTES, audit_job, cures
 from memfit.runtime.job import Job, Optimizers
 from memfit.runtime.micro import Loss, LossFn, whole_loss
+from memfit.runtime.sharding import is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ def audit(model: nn.Module, loss_fn: LossFn, batch: Any, *, optimizer: Optimizer
         Exception: What ``loss_fn`` raised, with a note of the rows that were probed.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
+    if is_sharded(model):
+        raise UnsupportedModel(
+            "the model is under fully_shard, so no rank has all of it to probe: audit it before fully_shard",
+            owner=type(model).__name__,
+        )
     return audit_terms(Job(model, whole_loss(loss_fn, None), batch, optimizer))
 
 
