@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench families heads lightning ranks rescue matrix trainer clean
+.PHONY: help .venv demo test check check-cuda bench families heads lightning ranks restarts rescue matrix trainer clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ lightning: $(STAMP)  ## Lightning with memfit against the plain Trainer: about 3
 
 ranks: $(STAMP)  ## DDP and FSDP2 on 2 and 4 processes against one: about 5 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/ranks.py --out benchmarks/results/$(TODAY)_cpu_ranks.json
+
+restarts: $(STAMP)  ## A process is killed under torchrun, which starts all of them again
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m restarts
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
