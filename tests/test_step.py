@@ -460,3 +460,15 @@ def test_a_verdict_with_allocation_retries_did_not_hold() -> None:
     assert "BROKEN" in str(slow)
     assert "2 allocation retries" in str(slow)
     assert not dataclasses.replace(verdict, measured_peak_bytes=101).held
+
+
+@pytest.mark.parametrize("start", [0, 64])
+def test_a_batch_that_is_a_part_of_something_larger_counts_as_all_of_it(start: int) -> None:
+    model, data = nn.Linear(64, 64), torch.randn(4096, 64)
+    batch = data[start : start + 64]
+    step = memfit.fit(model, lambda m, x: m(x).square().mean(), batch, memory="64MiB")
+    step(batch)
+    assert step.profile.residents.batch_bytes == data.nbytes
+    assert step.verdict is not None
+    assert step.verdict.measured_peak_bytes <= step.verdict.predicted_peak_bytes
+    assert step.verdict.attempts == 1

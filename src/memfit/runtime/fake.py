@@ -12,6 +12,7 @@ import torch
 import torch.utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.runtime.batch import map_tensors
 from memfit.runtime.precision import set_gradient
@@ -82,12 +83,27 @@ class Faker:
         elif isinstance(tensor, FakeTensor):
             plain = tensor.detach()
         else:
-            plain = self.mode.from_tensor(tensor.detach())
+            with _disable_current_modes():  # an entered mode would not look at the storage
+                # The mode remembers the storage as long as there is a fake of all of it.
+                whole = self.mode.from_tensor(_whole(tensor)) if _is_part(tensor) else None
+                plain = self.mode.from_tensor(tensor.detach())
+                del whole
         if isinstance(tensor, nn.Parameter):
             parameter = nn.Parameter(plain, requires_grad=tensor.requires_grad)
             set_gradient(parameter, None, tensor.grad_dtype)
             return parameter
         return plain.requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor begins a larger storage, which its fake would not have."""
+    is_first = tensor.layout is torch.strided and tensor.storage_offset() == 0
+    return is_first and tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of the storage that a tensor is a part of."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
 @contextmanager
