@@ -368,7 +368,8 @@ def _end(result: RunResult) -> None:
     """Ends all processes of a run with its exit code; the first one says why."""
     if result.interrupted:
         if result.is_first:
-            _say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
+            when = f"after step {result.steps_done}, which is saved" if result.steps_done else "before step 1"
+            _say(f"Interrupted {when}: go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.held is False:
         if result.is_first:

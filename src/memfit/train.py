@@ -353,10 +353,12 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     losses, plain_s = list(run.earlier), list[float]()
     measured: int | None = None
     rescued = 0
-    asked = False
     with _loss_log(run) as log, _stop_on_signal() as stop:
+        asked = False
         while done < options.steps and not asked:
             batch = next(run.batches)
+            if done == run.position.step and _is_asked(run, stop):
+                break  # nothing is half done yet, and the first step is the longest
             amount = _amount(batch)
             batch = own_rows(batch, run.ranks)
             if run.ranks.rank > 0:
@@ -395,6 +397,11 @@ def _logged(run: _Run, log: LossLog | None, entry: tuple[int, float, float], sto
             log.add(*entry)
     except OSError as error:
         failure = error
+    return _is_asked(run, stop, failure)
+
+
+def _is_asked(run: _Run, stop: _Stop, failure: Exception | None = None) -> bool:
+    """Whether any rank was asked to stop; a meeting, which raises what has gone wrong on one of them."""
     return any(asked for (asked,) in run.ranks.table([stop.asked], failure))
 
 
@@ -614,7 +621,7 @@ def _leaves(batch: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step, the second into an interrupt."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -9,6 +9,7 @@ Note [Outline]
  3. Time is cut into equal stretches; of each the highest and the lowest moment stay, with all their bytes. So
     the peak is to the byte, and each point is the highest or the lowest of its surroundings.
  4. The first step, in which the optimizer's state is born, is drawn where it peaks higher than later ones.
+ 5. Beyond some number of micro-batches no eye tells them apart: so many are drawn, each as long as several.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from memfit.core.timeline import Event, events, run, update_events
 
 _LOSS, _UPDATE = "loss of all", "update"
 _BACKWARD = ("backward", "recompute")
+_MOST_DRAWN = 2 * 150
 STRETCHES = 150  # twice as many points at most: about one a pixel and a half on a screen
 
 
@@ -141,9 +143,10 @@ def _step(profile: Profile, plan: Plan, told: Sequence[Event], *, first_step: bo
         its_own = events(profile, opening, dropped, first_step=first_step)
         first = list(_micro_batch(profile, opening, dropped, its_own))
     factor = _stretch(profile, plan, graph, sum(moment.seconds for moment in later))
-    for number in range(steps):
+    drawn = min(steps, _MOST_DRAWN)  # see Note [Outline] 5
+    for number in range(drawn):
         for moment in later if number else first:
-            yield _Timed(moment.seconds * factor, moment.event)
+            yield _Timed(moment.seconds * factor * steps / drawn, moment.event)
     update = profile.first_update if first_step else profile.update
     yield from _timed(update, [event for event in told if event.phase == _UPDATE])
 

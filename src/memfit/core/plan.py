@@ -20,9 +20,11 @@ from itertools import repeat
 
 from memfit.core.candidate import Candidate
 from memfit.core.export import Export, export
-from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
+from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey
 from memfit.core.hidden import KNOB, NOTHING_HIDDEN, Hidden, hidden, told
 from memfit.core.links import Choices
+from memfit.core.soundness import check_plan
+from memfit.core.stored import decode, of_format, read
 from memfit.core.timeline import Event, Timeline, droppable, events, floors
 from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
@@ -137,16 +139,12 @@ class Plan:
         Raises:
             ValueError: The text is not a plan of this version.
         """
-        data = _checked(text, "plan")
-        data = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
-        try:
-            keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
-            levels = tuple(Level(*row) for row in data.pop("levels"))
-            modules, *sizes = data.pop("hidden", NOTHING_HIDDEN)
-            hides = Hidden(tuple(modules), *sizes)
-            return Plan(recompute=keys, levels=levels, hidden=hides, **data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a memfit plan: {error}") from None
+        noun = "a memfit plan"
+        data = of_format(decode(text, noun), FORMAT, noun)
+        own = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
+        if not {"recompute", "levels"} <= own.keys():
+            raise ValueError(f"this is not {noun}: it does not say what is recomputed")
+        return read(Plan, own, noun, check_plan)
 
 
 def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | None = None) -> Plan:

@@ -37,6 +37,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from memfit.core.stored import decode, is_intact, read, sealed
+
 FORMAT = "memfit-checkpoint"
 VERSION = 1
 KEEP = 2  # checkpoints that stay
@@ -60,6 +62,8 @@ _TYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 Tensors = dict[str, torch.Tensor]
+# What a state of other content than was saved may raise, in memfit, in torch or in an optimizer.
+_NOT_FITTING = (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
 class BadCheckpoint(ValueError):
@@ -90,6 +94,14 @@ class RandomState:
         numpy = sys.modules.get("numpy")
         legacy = None if numpy is None else numpy.random.get_state(legacy=True)
         return RandomState(tensors, random.getstate(), None if legacy is None else _plain_numpy(legacy))
+
+    def check(self) -> None:
+        """Raises what :meth:`restore` would, and leaves every generator as it is."""
+        now = RandomState.capture()
+        try:
+            self.restore()
+        finally:
+            now.restore()
 
     def restore(self) -> None:
         """Puts every generator back into this state."""
@@ -190,15 +202,19 @@ def load_checkpoint(
         _fill_model(checkpoint, model, _unpack(content["model"], model_tensors))
         optimizer.load_state_dict(_unpack(content["optimizer"], optimizer_tensors))
         drawn = _unpack(content["random"], random_tensors)
-        position = Position(**content["position"])
+        position = read(Position, content["position"], "a position")
+        if position.step != _step_of(checkpoint):
+            raise ValueError(f"it is of step {position.step}")
+        state = RandomState(drawn["torch"], drawn["python"], drawn["numpy"])
+        state.check()
     except BadCheckpoint:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except _NOT_FITTING as error:
         raise BadCheckpoint(
             f"{checkpoint} does not fit this model and optimizer: {error}. Resume with the TARGET and the "
             f"options the run was started with, or start anew in another --out."
         ) from error
-    return position, RandomState(drawn["torch"], drawn["python"], drawn["numpy"])
+    return position, state
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -233,7 +249,7 @@ def _write_checkpoint(
         content[name] = _pack(part, name, tensors, {})
         checksums[name] = _write_tensors(partial / f"{name}.safetensors", tensors)
     content["checksums"] = checksums
-    replace_text(partial / "state.json", json.dumps(content))
+    replace_text(partial / "state.json", sealed(content))
 
 
 def _hidden_buffers(model: nn.Module) -> Tensors:
@@ -345,12 +361,14 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns the content of ``state.json``, after checking that it is one of ours."""
     path = checkpoint / "state.json"
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = decode(path.read_text("utf-8"), "the state of a run")
+        if content.get("format") == FORMAT and content.get("version") == VERSION:
+            is_intact(content, "the state of a run")
     except FileNotFoundError:
         raise BadCheckpoint(f"{path} is missing. {_others(checkpoint.parent)}") from None
     except (OSError, ValueError) as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). {_others(checkpoint.parent)}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
     if content.get("version") != VERSION:
         raise BadCheckpoint(
@@ -371,7 +389,7 @@ def _read_tensors(checkpoint: Path, name: str, content: dict[str, Any]) -> Tenso
         checksum = 0
         for chunk in _chunks(path):
             checksum = zlib.crc32(chunk, checksum)
-        if checksum != content["checksums"].get(name):
+        if not isinstance(content["checksums"], dict) or checksum != content["checksums"].get(name):
             raise BadCheckpoint(f"{path} is damaged (its checksum differs). {_others(checkpoint.parent)}")
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
