@@ -621,7 +621,7 @@ def _leaves(batch: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step, the second into an interrupt."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second interrupts."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

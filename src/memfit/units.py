@@ -85,9 +85,7 @@ def _positive(amount_bytes: int, read: str | int) -> int:
     if amount_bytes < 1:
         raise ValueError(f"memory must be at least one byte, and {read!r} is not: {_CURE}")
     if amount_bytes >= _BEYOND:
-        raise ValueError(
-            f"memory is below 8 EiB (2**63 B) on any machine, and what was given is not: {_CURE}"
-        )
+        raise ValueError(f"no machine has 8 EiB (2**63 B) of memory, or more: {_CURE}")
     return amount_bytes
 
 

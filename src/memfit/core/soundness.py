@@ -5,8 +5,8 @@ Graphs made by the recorder are sound by construction; those that are read from 
 Note [Sound]
  1. Each number that names something names what is there. An op reads what was made before it, so that
     replays end. Each value has one producer that lists it, each storage at most one maker.
- 2. The log runs each op once, forward and backward in order. A save is packed, then unpacked, then released, and each once; a
-    storage is let go of once, after it was made.
+ 2. The log runs each op once, forward and backward in order. A save is packed once, then unpacked, then
+    released once; a storage is let go of once, after it was made.
  3. All bytes together stay below 2**60, and all seconds below 10**12: sums stay exact in 64 bits and finite.
 """
 

@@ -153,13 +153,11 @@ def cut_losses(folder: Path, steps: int) -> tuple[float, ...]:
     lines = path.read_bytes().split(b"\n")[:steps] if path.exists() else []
     try:
         entries = [decode(line.decode(), "a loss") for line in lines]
-        in_order = [entry["step"] for entry in entries] == list(range(1, len(lines) + 1)) and len(
-            lines
-        ) == steps
+        in_order = [entry["step"] for entry in entries] == [*range(1, len(lines) + 1)]
         losses = tuple(float(entry["loss"]) for entry in entries)
     except (ValueError, KeyError, TypeError, OverflowError):
         in_order, losses = False, ()
-    if not in_order:
+    if not in_order or len(losses) != steps:
         raise BadCheckpoint(
             f"{path} does not hold the {steps} steps of the checkpoint. Put the file back, or start anew in "
             f"another --out."

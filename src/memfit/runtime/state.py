@@ -11,6 +11,7 @@ A run folder holds one sub-folder for each of the last checkpoints and the name 
 Rule 1  A checkpoint is written into ``step-N.tmp``, flushed to the disk, and then renamed: a folder with its
         final name is whole.
 Rule 2  ``latest`` is replaced by one ``os.replace`` after that: it always names a whole checkpoint.
+        It is renamed back before it is removed.
 Rule 3  The previous checkpoint is removed only once it is two behind. A failed save removes nothing but its
         own half-written folder.
 
@@ -148,11 +149,11 @@ def save_checkpoint(
     partial = folder / f"{final.name}.tmp"
     if latest_checkpoint(folder) == final:
         return final
+    _remove(final)  # a later one of a future that was given up
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_checkpoint(partial, position, model, optimizer)
-        shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         _sync_folder(folder)
         replace_text(folder / "latest", final.name)
@@ -436,7 +437,20 @@ def _remove_others(folder: Path, step: int) -> None:
     whole = _checkpoints(folder)
     kept = [path for path in whole if _step_of(path) <= step][-KEEP:]
     for path in [*(path for path in whole if path not in kept), *folder.glob("step-*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; what a kill leaves of it must not have the name of a whole one."""
+    if checkpoint.suffix != ".tmp" and checkpoint.exists():
+        doomed = checkpoint.with_name(f"{checkpoint.name}.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            checkpoint.rename(doomed)
+        except OSError:
+            return
+        checkpoint = doomed
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _explained(error: OSError, final: Path) -> OSError:
