@@ -41,7 +41,7 @@ def decode(text: str, noun: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not {noun}: {_short(error)}") from None
+        raise ValueError(f"this is not {noun}: {short(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"this is not {noun}: it is no JSON object")
     return data
@@ -70,7 +70,7 @@ def read(kind: type[T], data: object, noun: str, check: Callable[[T], None] = la
         found: T = _reader(annotation)(data)
         check(found)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not {noun}: {_short(error)}") from None
+        raise ValueError(f"this is not {noun}: {short(error)}") from None
     return found
 
 
@@ -99,7 +99,7 @@ def is_intact(data: Mapping[str, Any], noun: str) -> bool:
     return True
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """An error in a line, however much of the file it quotes."""
     text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -178,7 +178,7 @@ def _row(make: Callable[[list[Any]], Any], parts: Sequence[_Part]) -> Reader:
             try:
                 found.append(reader(value))
             except ValueError as error:
-                raise ValueError(f"{part.name}: {_short(error)}") from None
+                raise ValueError(f"{part.name}: {short(error)}") from None
         return make(found)
 
     return read_row
@@ -195,7 +195,7 @@ def _many(kind: Any) -> Reader:
         try:
             found.extend(map(reader, data))
         except ValueError as error:
-            raise ValueError(f"[{len(found)}]: {_short(error)}") from None
+            raise ValueError(f"[{len(found)}]: {short(error)}") from None
         return tuple(found)
 
     return read_many

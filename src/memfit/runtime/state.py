@@ -38,7 +38,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from memfit.core.stored import decode, is_intact, read, sealed
+from memfit.core.stored import decode, is_intact, read, sealed, short
 
 FORMAT = "memfit-checkpoint"
 VERSION = 1
@@ -212,7 +212,7 @@ def load_checkpoint(
         raise
     except _NOT_FITTING as error:
         raise BadCheckpoint(
-            f"{checkpoint} does not fit this model and optimizer: {error}. Resume with the TARGET and the "
+            f"{checkpoint} does not fit this model and optimizer: {short(error)}. Resume with the TARGET and the "
             f"options the run was started with, or start anew in another --out."
         ) from error
     return position, state

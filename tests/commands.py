@@ -1,0 +1,109 @@
+"""Command lines that nobody would type, made from the options that the commands have by now."""
+
+from __future__ import annotations
+
+import io
+import random
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from memfit.cli import app, main
+
+DOCUMENTED = frozenset({0, 2, 3, 4, 5, 6, 130})
+_ODD = (
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "3.5",
+        "1e9",
+        "9" * 400,
+        "nan",
+        "1GiB",
+        "1KiB",
+        "64MiB",
+        "80%",
+    ),
+    *(
+        "9" * 5000 + "GiB",
+        "1e400GiB",
+        "\u202e\u0000x".replace("\x00", "\x01"),
+        "日本語",
+        "\U0001f4a3",
+        "*",
+        "~",
+    ),
+    *("cpu", "cuda", "h100", "transformers", "axolotl", "../..", "/proc/none", "/dev/null", "None", "[bold]"),
+    *("jobs:tiny", "jobs:raises", "jobs:returns_a_number", "no.such:thing", "jobs", ":", "jobs:tiny:tiny"),
+)
+_NEVER = {"--nproc", "--install-completion", "--show-completion"}  # starts processes; changes the shell
+# Whatever else is drawn: nothing long, no other process, no other target than a tiny one.
+_FIRST = {"--steps": "1", "--memory": "1GiB", "--plans": "2", "--batch-size": "6"}
+
+
+def commands() -> dict[str, Any]:
+    """The commands by name, as the program knows them."""
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def arguments(draw: random.Random, folder: Path) -> list[str]:
+    """One command line."""
+    known = commands()
+    name = draw.choice(sorted(known))
+    places = [
+        str(folder),
+        str(folder / "new" / str(draw.randrange(10**9))),
+        str(folder / "file"),
+        "jobs:tiny",
+    ]
+    given: list[str] = []
+    for parameter in known[name].params:
+        is_argument = parameter.param_type_name == "argument"
+        if not is_argument and set(parameter.opts) & _NEVER:
+            continue
+        if not is_argument and draw.random() < 0.5 and not parameter.required:
+            if parameter.opts[0] == "--steps":
+                given += ["--steps", "1"]
+            continue
+        value = draw.choice([*_ODD, *places]) if draw.random() < 0.4 else _usual(parameter, draw, places)
+        if is_argument:
+            given.insert(0, value if draw.random() < 0.9 else f"--{value}")
+            continue
+        option = draw.choice(parameter.opts)
+        if parameter.opts[0] in ("--steps", "--plans") and value.isdecimal():
+            value = _FIRST[parameter.opts[0]]
+        given += [option] if getattr(parameter, "is_flag", False) else [option, value]
+    if draw.random() < 0.1:
+        given.insert(draw.randrange(len(given) + 1), draw.choice(["--no-such", "-x", "stray", "\U0001f4a3"]))
+    return [name if draw.random() < 0.97 else draw.choice(_ODD), *given]
+
+
+def _usual(parameter: Any, draw: random.Random, places: list[str]) -> str:
+    """A value that an option takes."""
+    option = parameter.opts[0]
+    if option in _FIRST:
+        return _FIRST[option]
+    if option in ("--out", "--png", "--svg", "--profile") or parameter.name == "run_or_plan":
+        return draw.choice(places[:3])
+    return "jobs:tiny" if parameter.param_type_name == "argument" else draw.choice(("1", "2", "cpu"))
+
+
+def problem(given: list[str]) -> str | None:
+    """What is wrong with how a command line ends; None if nothing is."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            code = main(given)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error} for {[text[:60] for text in given]}"
+    if "Traceback" in said.getvalue():
+        return f"a traceback for {given}"
+    return None if code in DOCUMENTED else f"exit code {code} for {given}"
