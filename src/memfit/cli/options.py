@@ -20,7 +20,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Rows of the effective batch
 MicroBatchSize = Annotated[
     int | None, typer.Option(help="Pins the rows of a micro-batch; otherwise memfit chooses.", min=1)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print the verdict in one line, and errors; nothing else.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of weights, data and dropout.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda, if TARGET takes a device.")]
 PlannedDevice = Annotated[

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memfit.cli.ending import interruptible, show
-from memfit.cli.options import AsJson, BatchSize, Memory, MicroBatchSize, PlannedDevice, Seed, Target
+from memfit.cli.ending import interruptible, show, show_json
+from memfit.cli.options import AsJson, BatchSize, Memory, MicroBatchSize, PlannedDevice, Quiet, Seed, Target
 from memfit.cli.recording import find_card, record_target
 from memfit.report.terminal import plan_table, plan_verdict
 from memfit.units import parse_memory
@@ -36,6 +36,7 @@ def plan(
         str | None, typer.Option(help="Print it as settings of another tool: transformers or axolotl.")
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
     card = find_card(device)
@@ -48,22 +49,23 @@ def plan(
         from memfit.api import find_plan
         from memfit.core.advice import advice, block
 
-        recorded, micro_batch_size, work = record_target(target, batch_size, micro_batch_size, seed, device)
+        recorded, micro_batch_size, work = record_target(
+            target, batch_size, micro_batch_size, seed, device, quiet=quiet
+        )
         found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
         epoch = work.rows_per_epoch(found.rows)
         lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
         settings = None if export is None else _exported(recorded, found, export)
     if as_json:
         more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
-        print(json.dumps(json.loads(found.to_json()) | more, indent=1))
+        show_json("plan", json.loads(found.to_json()) | more)
         return
     if settings is not None:
         print(settings)
         return
-    show(plan_table(found, target, *_cuda_memory(recorded, found)))
-    print(plan_verdict(found, target))
-    if lines:
-        print(block(lines))
+    if not quiet:
+        show(plan_table(found, target, *_cuda_memory(recorded, found)), *([block(lines)] if lines else []))
+    show(plan_verdict(found, target))
 
 
 def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:

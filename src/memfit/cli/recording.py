@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from memfit.cli.ending import progress
 from memfit.core.devices import DEVICES
 from memfit.core.devices import Device as Card
 
@@ -15,14 +14,20 @@ if TYPE_CHECKING:
 
 
 def record_target(
-    target: str, batch_size: int | None, micro_batch_size: int | None, seed: int, device: str | None
+    target: str,
+    batch_size: int | None,
+    micro_batch_size: int | None,
+    seed: int,
+    device: str | None,
+    *,
+    quiet: bool = False,
 ) -> tuple[Profile, int | None, Workload]:
     """The profile of a workload built from fake tensors, the micro-batch to plan it at, and the workload."""
     from memfit.api import profile
     from memfit.runtime.fake import fake_tensors
     from memfit.workload import load_target
 
-    console = Console(stderr=True)
+    console = progress(quiet=quiet)
     console.print(f"recording one step of {target} on fake tensors", style="dim")
     card = find_card(device)
     with fake_tensors():

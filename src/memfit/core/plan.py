@@ -28,6 +28,8 @@ from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
 
 _UPDATE = "optimizer.step"
+# What `memfit plan --json` adds to a plan.
+_OF_THE_COMMAND = frozenset({"schema", "schema_version", "advice", "export", "candidates"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
-        data = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
+        data = {name: value for name, value in data.items() if name not in _OF_THE_COMMAND}
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))
