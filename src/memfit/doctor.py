@@ -25,6 +25,7 @@ from memfit.runtime.machine import machine, speeds
 from memfit.runtime.preserve import same_random_streams
 from memfit.units import format_bytes
 
+CHECK: Final = "check on"  # begins the subject of what a check found
 _ROWS: Final = 16
 _MICRO_BATCH: Final = 8  # two equal parts: their weights are exact
 _LENGTH, _WIDTH, _BLOCKS = 128, 64, 4
@@ -72,12 +73,12 @@ def check(place: str, *, fit: Callable[..., Step] = fit) -> tuple[Finding, ...]:
         except (MemfitError, RuntimeError, ValueError, TypeError) as error:
             first_line = str(error).splitlines()[0] if str(error) else ""
             text = f"a small model cannot be trained: {type(error).__name__}: {first_line}"
-            return (Finding(Level.PROBLEM, f"check on {place}", text, "please report it, with this page"),)
+            return (Finding(Level.PROBLEM, f"{CHECK} {place}", text, "please report it, with this page"),)
 
 
 def _checks(place: torch.device, fit: Callable[..., Step]) -> Iterator[Finding]:
     """The findings of a check."""
-    subject = f"check on {place.type}"
+    subject = f"{CHECK} {place.type}"
     torch.manual_seed(0)
     model = nn.Sequential(*(_Block() for _ in range(_BLOCKS))).to(place)
     plain = copy.deepcopy(model)
@@ -149,7 +150,9 @@ def _as_said(subject: str, differing: list[str], step: Step) -> Finding:
     plan = step.plan
     if differing:
         text = f"{len(differing)} results differ from the plain loop, first {differing[0]}"
-        return Finding(Level.PROBLEM, subject, text, "please report it, with the output of memfit doctor --json")
+        return Finding(
+            Level.PROBLEM, subject, text, "please report it, with the output of memfit doctor --json"
+        )
     how = f"{plan.gradient_accumulation_steps} micro-batches, {plan.recomputes} tensors recomputed"
     text = f"losses and gradients of {_STEPS} steps are those of the plain loop to the bit ({how})"
     return Finding(Level.OK, subject, text)

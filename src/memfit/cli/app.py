@@ -3,7 +3,7 @@
 Imports no torch before a command that needs it runs. Exit codes:
 
     0 done   2 usage   3 no plan fits   4 verification failed, or memory ran out
-    5 bad input   6 a process of several was lost   130 interrupted
+    5 bad input   6 a process of several was lost   7 accumulation is not exact (audit)   130 interrupted
 
 Anything else ends with a traceback and code 1: it is a bug, here or in the model.
 """
@@ -11,12 +11,15 @@ Anything else ends with a traceback and code 1: it is a bug, here or in the mode
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 import memfit
+from memfit.cli.audit import audit
+from memfit.cli.compare import compare
+from memfit.cli.doctor import doctor
 from memfit.cli.ending import (
     EXIT_BAD_INPUT,
     EXIT_BROKEN_PROMISE,
@@ -27,6 +30,7 @@ from memfit.cli.ending import (
 )
 from memfit.cli.frontier import frontier
 from memfit.cli.plan import plan
+from memfit.cli.profile import profile
 from memfit.cli.report import report
 from memfit.cli.train import train
 from memfit.errors import InfeasibleBudget, MemfitError, VerificationFailed
@@ -39,11 +43,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit codes: 0 done, 2 usage, 3 no plan fits, 4 verification failed or memory ran out, "
-    "5 bad input, 6 a process of several was lost, 130 interrupted.",
+    "5 bad input, 6 a process of several was lost, 7 accumulation is not exact (audit), 130 interrupted.",
 )
 
-for command in (train, plan, frontier, report):
-    app.command()(command)
+_EXAMPLES: dict[Callable[..., None], str] = {
+    train: "memfit train job.py:workload --memory 8GiB --steps 1000 --out runs/first",
+    plan: "memfit plan job.py:workload --device h100 --batch-size 64",
+    frontier: "memfit frontier job.py:workload --batch-size 64",
+    profile: "memfit profile job.py:workload --out job.profile.json",
+    audit: "memfit audit job.py:workload && echo exact",
+    report: "memfit report runs/first --png timeline.png",
+    compare: "memfit compare job.py:workload --memory 8GiB --steps 10",
+    doctor: "memfit doctor --json > machine.json",
+}
+
+for command, example in _EXAMPLES.items():
+    app.command(epilog=f"Example: {example}")(command)
 
 
 def _print_version(wanted: bool) -> None:

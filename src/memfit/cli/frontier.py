@@ -9,8 +9,17 @@ from typing import Annotated
 import typer
 
 from memfit.cli.ending import interruptible, show, show_json
-from memfit.cli.options import AsJson, BatchSize, MicroBatchSize, PlannedDevice, Quiet, Seed, Target
-from memfit.cli.recording import record_target
+from memfit.cli.options import (
+    AsJson,
+    BatchSize,
+    MicroBatchSize,
+    PlannedDevice,
+    Quiet,
+    Seed,
+    StoredProfile,
+    Target,
+)
+from memfit.cli.recording import record_target, refuse_with_profile
 from memfit.report.terminal import frontier_table, frontier_verdict, strategy_notes, strategy_table
 from memfit.workload import DEFAULT_TARGET
 
@@ -23,16 +32,19 @@ def frontier(
     plans: Annotated[int, typer.Option(help="How many budgets to plan for.", min=2)] = 12,
     seed: Seed = 0,
     device: PlannedDevice = None,
+    profile: StoredProfile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Print what each amount of memory buys for TARGET, and what checkpointing by hand would cost."""
+    refuse_with_profile(profile, device=device, batch_size=batch_size)
+    title = target if profile is None else profile.name
     with interruptible():
         from memfit.api import frontier as find_frontier
         from memfit.core.strategies import notable, strategies
 
         recorded, micro_batch_size, _ = record_target(
-            target, batch_size, micro_batch_size, seed, device, quiet=quiet
+            target, batch_size, micro_batch_size, seed, device, stored=profile, quiet=quiet
         )
         found = find_frontier(recorded, micro_batch_size=micro_batch_size, plans=plans)
         others = strategies(recorded, micro_batch_size=micro_batch_size)
@@ -41,6 +53,6 @@ def frontier(
         show_json("frontier", data)
         return
     if not quiet:
-        show(frontier_table(found, target), strategy_table(notable(others), found), strategy_notes(others))
+        show(frontier_table(found, title), strategy_table(notable(others), found), strategy_notes(others))
         show(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
-    show(frontier_verdict(found, target))
+    show(frontier_verdict(found, title))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ Target = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="The peak of all tensors on the device, such as 400MiB, 8GiB, or 80% of a GPU."),
+    typer.Option(help="The peak of all tensors on the device, such as 400MiB, 8GiB, or 80% of the device."),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Rows of the effective batch.", min=1)]
 MicroBatchSize = Annotated[
@@ -31,4 +32,7 @@ PlannedDevice = Annotated[
     typer.Option(
         "--device", help=f"What to plan for: {', '.join(DEVICES)}; or cpu or cuda, if TARGET takes a device."
     ),
+]
+StoredProfile = Annotated[
+    Path | None, typer.Option("--profile", help="Start from what `memfit profile --out` has stored.")
 ]

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memfit.cli.ending import interruptible, show, show_json
-from memfit.cli.options import AsJson, BatchSize, Memory, MicroBatchSize, PlannedDevice, Quiet, Seed, Target
-from memfit.cli.recording import find_card, record_target
+from memfit.cli.options import (
+    AsJson,
+    BatchSize,
+    Memory,
+    MicroBatchSize,
+    PlannedDevice,
+    Quiet,
+    Seed,
+    StoredProfile,
+    Target,
+)
+from memfit.cli.recording import find_card, memory_in_bytes, record_target, refuse_with_profile
 from memfit.report.terminal import plan_table, plan_verdict
-from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ def plan(
     micro_batch_size: MicroBatchSize = None,
     seed: Seed = 0,
     device: PlannedDevice = None,
+    profile: StoredProfile = None,
     export: Annotated[
         str | None, typer.Option(help="Print it as settings of another tool: transformers or axolotl.")
     ] = None,
@@ -39,22 +49,22 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
-    card = find_card(device)
-    if memory is None and card is None:
+    refuse_with_profile(profile, device=device, batch_size=batch_size)
+    if memory is None and find_card(device) is None:
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
-    memory_bytes = parse_memory(
-        memory or _SHARE_OF_A_CARD, total_bytes=None if card is None else card.memory_bytes
-    )
+    title = target if profile is None else profile.name
     with interruptible():
+        memory_bytes = memory_in_bytes(memory or _SHARE_OF_A_CARD, device, profile)
         from memfit.api import find_plan
         from memfit.core.advice import advice, block
 
         recorded, micro_batch_size, work = record_target(
-            target, batch_size, micro_batch_size, seed, device, quiet=quiet
+            target, batch_size, micro_batch_size, seed, device, stored=profile, quiet=quiet
         )
         found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
-        epoch = work.rows_per_epoch(found.rows)
-        lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
+        epoch = None if work is None else work.rows_per_epoch(found.rows)
+        betas = None if work is None else work.betas
+        lines = advice(recorded, found, rows_per_epoch=epoch, betas=betas)
         settings = None if export is None else _exported(recorded, found, export)
     if as_json:
         more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
@@ -64,8 +74,8 @@ def plan(
         print(settings)
         return
     if not quiet:
-        show(plan_table(found, target, *_cuda_memory(recorded, found)), *([block(lines)] if lines else []))
-    show(plan_verdict(found, target))
+        show(plan_table(found, title, *_cuda_memory(recorded, found)), *([block(lines)] if lines else []))
+    show(plan_verdict(found, title))
 
 
 def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:

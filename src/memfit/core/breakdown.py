@@ -2,7 +2,7 @@
 
 Note [Breakdown]
  1. *Plain* is the largest recorded micro-batch (the whole batch, where it was recorded) without any
-    recomputation, in whichever of its steps is higher: the one that makes the optimizer's state, or a later one.
+    recomputation, in the higher of its first step, which makes the optimizer's state, and a later one.
  2. Kept is what autograd saves of forward ops, each storage once, under the op that made it last.
  3. Call sites that differ in numbers only, such as those of ``layers.0`` and ``layers.1``, are one entry.
 """

@@ -175,12 +175,18 @@ def _cuda(machine: Machine) -> Iterator[Finding]:
     """Of torch's CUDA and its allocator."""
     if machine.cuda is not None and not machine.cards:
         text = f"torch is built for CUDA {machine.cuda}, and finds no device"
-        yield Finding(Level.NOTE, "CUDA", text, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; a CPU works, too")
+        yield Finding(
+            Level.NOTE, "CUDA", text, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; a CPU works, too"
+        )
     if machine.cards and "cudaMallocAsync" in machine.allocator:
         text = f"{machine.allocator}: what memfit predicts as reserved is by the rules of the other allocator"
-        yield Finding(Level.NOTE, "CUDA allocator", text, "leave backend: out; allocated bytes hold either way")
+        yield Finding(
+            Level.NOTE, "CUDA allocator", text, "leave backend: out; allocated bytes hold either way"
+        )
     if machine.cards and not machine.is_caching:
-        text = "PYTORCH_NO_CUDA_MEMORY_CACHING is set: torch then counts no bytes, and no peak can be measured"
+        text = (
+            "PYTORCH_NO_CUDA_MEMORY_CACHING is set: torch then counts no bytes, and no peak can be measured"
+        )
         yield Finding(Level.PROBLEM, "CUDA allocator", text, "unset it")
     if machine.cards and "expandable_segments:True" not in machine.allocator:
         text = "segments are not expandable, so that memory may be reserved in pieces that fit nothing"

@@ -2,7 +2,7 @@
 
 Note [Control groups]
  1. A container or a job has less than its machine where a control group says so. Version 2 has one tree below
-    ``/sys/fs/cgroup``, version 1 one for each kind of resource; ``/proc/self/cgroup`` says where a process is.
+    ``/sys/fs/cgroup``, version 1 one a kind of resource; ``/proc/self/cgroup`` says where a process is.
  2. Every group above counts, too. Within a container the path is the host's, which is not there: then it is
     the root of the mount.
  3. Page cache that nobody uses is taken back before a process is killed, so it counts as free.
@@ -89,8 +89,11 @@ def control_group(groups: Path = _OWN_GROUPS, mount: Path = _MOUNT) -> Group:
             used_bytes = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
             limits.append((limit_bytes, max(0, used_bytes - _unused_cache_bytes(folder))))
         cpus += _quota(folder)
-    limit = min(limits, default=(None, 0), key=lambda found: found[0] - found[1])
-    return Group(*limit, min(cpus, default=None))
+    fewest = min(cpus, default=None)
+    if not limits:
+        return Group(cpus=fewest)
+    limit_bytes, used_bytes = min(limits, key=lambda found: found[0] - found[1])
+    return Group(limit_bytes, used_bytes, fewest)
 
 
 def _folders(groups: Path, mount: Path) -> Iterator[Path]:
@@ -139,7 +142,9 @@ def _quota(folder: Path) -> list[float]:
 def _installed() -> tuple[int, int]:
     """The free and all bytes of the machine's memory; free is what Linux gives without swapping."""
     with open("/proc/meminfo", encoding="ascii") as lines:
-        counts = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        counts = {
+            name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)
+        }
     return counts["MemAvailable"], counts["MemTotal"]
 
 

@@ -1,0 +1,262 @@
+"""The tables of `memfit profile`, `audit`, `compare` and `doctor`, and each one's verdict in a line.
+
+Decides nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from memfit.core.breakdown import Breakdown, bytes_by_category
+from memfit.core.machine import Finding, Level, Machine, Speeds
+from memfit.report.terminal import facts
+from memfit.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from memfit.compare import Comparison, Outcome
+    from memfit.core.audit import Audit
+    from memfit.core.graph import Profile
+    from memfit.doctor import Diagnosis
+
+_BAR = 24  # letters of the longest bar
+_SHOWN = 8  # entries of a list
+_STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
+
+
+def bar(part: float, whole: float, length: int = _BAR) -> str:
+    """A bar as long as a part of the whole, which has ``length`` letters; at least a sliver."""
+    if part <= 0 or whole <= 0:
+        return ""
+    eighths: int = max(1, round(8 * length * part / whole))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
+    """A plain table; ``right`` are the columns of numbers."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number in right else "left", no_wrap=name != "")
+    return table
+
+
+# ---- profile -------------------------------------------------------------------------------------
+
+
+def profile_tables(found: Breakdown) -> list[Table]:
+    """The peak by category, the largest tensors that are kept, and the dearest ops."""
+    return [_categories(found), _kept(found), _costs(found)]
+
+
+def profile_verdict(profile: Profile, found: Breakdown, title: str) -> str:
+    """Where the memory goes, in a line or two."""
+    rows = f"{found.rows} rows" if found.rows == profile.rows else f"{found.rows} of {profile.rows} rows"
+    where = f"{found.peak.phase}, {found.peak.owner}" if found.peak.phase != "update" else "optimizer.step()"
+    return (
+        f"The plain step of {title} ({rows} at once) peaks at {format_bytes(found.peak.total_bytes)}, in "
+        f"{where}."
+    )
+
+
+def _categories(found: Breakdown) -> Table:
+    """The peak by category."""
+    table = _columns("at the peak", "", "bytes", "share", "", right=(1, 2))
+    total_bytes = found.peak.total_bytes
+    for name, size_bytes in bytes_by_category(found.peak).items():
+        share = f"{size_bytes / total_bytes:.1%}"
+        table.add_row(name, format_bytes(size_bytes), share, bar(size_bytes, total_bytes))
+    table.add_row("in all", format_bytes(total_bytes), "", "")
+    return table
+
+
+def _kept(found: Breakdown) -> Table:
+    """The largest tensors that autograd keeps."""
+    title = f"kept for the backward: {format_bytes(found.kept_bytes)}"
+    table = _columns(title, "module", "op", "tensors", "bytes", "share", right=(2, 3, 4))
+    for entry in found.kept[:_SHOWN]:
+        share = f"{entry.total_bytes / found.kept_bytes:.1%}"
+        table.add_row(entry.module, entry.op, f"{entry.tensors}", format_bytes(entry.total_bytes), share)
+    rest = found.kept[_SHOWN:]
+    if rest:
+        rest_bytes = sum(entry.total_bytes for entry in rest)
+        count = sum(entry.tensors for entry in rest)
+        table.add_row(
+            "all others", "", f"{count}", format_bytes(rest_bytes), f"{rest_bytes / found.kept_bytes:.1%}"
+        )
+    return table
+
+
+def _costs(found: Breakdown) -> Table:
+    """The ops that take longest."""
+    title = f"seconds of a step: {format_seconds(found.step_s)}"
+    table = _columns(title, "module", "op", "calls", "seconds", "share", right=(2, 3, 4))
+    for entry in found.costs[:_SHOWN]:
+        share = f"{entry.seconds / found.step_s:.1%}" if found.step_s else ""
+        table.add_row(entry.module, entry.op, f"{entry.calls}", format_seconds(entry.seconds), share)
+    return table
+
+
+# ---- audit ---------------------------------------------------------------------------------------
+
+
+def audit_table(audit: Audit, title: str) -> Table:
+    """What an audit found."""
+    rows = [("class", audit.kind.value), ("decided by", audit.owner)]
+    if audit.terms:
+        rows += [(f"term {name}", f"{term.kind.value}, {_weights(term)}") for name, term in audit.terms]
+    elif audit.is_exact:
+        rows.append(("weights", _weights(audit)))
+    if audit.worst_error == audit.worst_error:  # not "not a number"
+        rows.append(("worst relative error", f"{audit.worst_error:.1e} of the gradient, in float64"))
+    for name, entries in (("cure", audit.cures), ("undecided", audit.undecided), ("note", audit.notes)):
+        rows += [(name if number == 0 else "", entry) for number, entry in enumerate(entries)]
+    return facts(title, rows)
+
+
+def audit_verdict(audit: Audit, title: str, two_passes: Audit | None = None) -> str:
+    """An audit in one line."""
+    if audit.is_exact:
+        return f"Gradient accumulation is exact for {title}."
+    if two_passes is not None and two_passes.is_exact:
+        return f"Gradient accumulation is exact for {title} in two passes: its loss is taken on all outputs."
+    return f"Gradient accumulation is NOT exact for {title}: {audit.reason}."
+
+
+def _weights(audit: Audit) -> str:
+    """What micro-batches are weighted by."""
+    return "each counts 1" if audit.counter == "sum" else f"by {audit.counter}"
+
+
+# ---- compare -------------------------------------------------------------------------------------
+
+
+def compare_table(found: Comparison, title: str) -> Table:
+    """Time and peak of each way, with bars."""
+    table = _columns(title, "", "a step", "", "peak", "", "loss", right=(1, 3))
+    slowest_s = max((o.median_step_s or 0.0 for o in found.outcomes), default=0.0)
+    highest_bytes = max((o.measured_peak_bytes or 0 for o in found.outcomes), default=0)
+    for outcome in found.outcomes:
+        if outcome.median_step_s is None or outcome.measured_peak_bytes is None:
+            table.add_row(outcome.way.value, Text(outcome.end.value, style="bold red"))
+            continue
+        is_above = outcome.is_within is False
+        table.add_row(
+            outcome.way.value,
+            format_seconds(outcome.median_step_s),
+            bar(outcome.median_step_s, slowest_s, _BAR // 2),
+            Text(format_bytes(outcome.measured_peak_bytes), style="bold red" if is_above else ""),
+            bar(outcome.measured_peak_bytes, highest_bytes, _BAR // 2),
+            f"{_loss(found, outcome)}{', ABOVE the memory' if is_above else ''}",
+        )
+    return table
+
+
+def compare_notes(found: Comparison) -> list[str]:
+    """What must be said besides: why a way did not come to its end, what dropout does."""
+    notes = [
+        f"{outcome.way.value}: {outcome.end.value}: {outcome.detail}"
+        for outcome in found.outcomes
+        if outcome.median_step_s is None
+    ]
+    if any(outcome.draws and found.loss_difference(outcome) for outcome in found.outcomes):
+        notes.append("Micro-batches draw dropout masks of their own, so that losses differ by chance.")
+    return notes
+
+
+def compare_verdict(found: Comparison, title: str) -> str:
+    """The comparison in one line."""
+    plain, _, fitted = found.outcomes
+    if fitted.median_step_s is None or fitted.memory_bytes is None or fitted.measured_peak_bytes is None:
+        return f"memfit did not run {title}: {fitted.end.value}."
+    held = "within" if fitted.is_within else "ABOVE"
+    told = (
+        f"memfit runs a step of {title} in {format_seconds(fitted.median_step_s)}, {held} the "
+        f"{format_bytes(fitted.memory_bytes)} stated"
+    )
+    if plain.median_step_s is None:
+        return f"{told}; the plain step: {plain.end.value}."
+    if plain.is_within:
+        return f"{told}; the plain step fits, too, and takes {format_seconds(plain.median_step_s)}."
+    ratio = fitted.median_step_s / plain.median_step_s
+    return f"{told}: {ratio:.2f} x the seconds of the plain step, which does not fit."
+
+
+def _loss(found: Comparison, outcome: Outcome) -> str:
+    """How the losses of a way compare."""
+    difference = found.loss_difference(outcome)
+    if difference is None:
+        return "the reference"
+    return "the same to the bit" if difference == 0 else f"within {difference:.0e}"
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def doctor_tables(found: Diagnosis) -> list[Table]:
+    """The machine, its speeds, and what is to be said of it."""
+    speeds = [_speeds(each) for each in found.speeds]
+    return [facts("this machine", _facts(found.machine)), *speeds, _findings(found.findings)]
+
+
+def doctor_verdict(found: Diagnosis) -> str:
+    """The examination in one line."""
+    count = len(found.problems)
+    notes = sum(finding.level is Level.NOTE for finding in found.findings)
+    told = f"{notes} note{'s' if notes != 1 else ''}"
+    if count:
+        return f"memfit will NOT work well here: {count} problem{'s' if count != 1 else ''}, {told}."
+    return f"memfit works here: no problem, {told}."
+
+
+def _facts(machine: Machine) -> list[tuple[str, str]]:
+    """The facts of a machine."""
+    free, total = format_bytes(machine.free_bytes), format_bytes(machine.total_bytes)
+    built = "no CUDA" if machine.cuda is None else f"CUDA {machine.cuda}"
+    cards = [
+        (
+            f"cuda:{number}",
+            f"{card.name}, {format_bytes(card.free_bytes)} free of {format_bytes(card.total_bytes)}",
+        )
+        for number, card in enumerate(machine.cards)
+    ]
+    settings = [("CUDA allocator", machine.allocator)] if machine.allocator else []
+    return [
+        ("system", f"{machine.system}, Python {machine.python}"),
+        ("torch", f"{machine.torch}, built for {built}"),
+        ("cpu", f"{machine.cpu}; {machine.threads} threads on {machine.cores} usable CPUs"),
+        ("memory", f"{free} free of {total}; --memory 80% on a CPU is of the {total}"),
+        *(cards or [("cuda", "no device")]),
+        *settings,
+    ]
+
+
+def _speeds(speeds: Speeds) -> Table:
+    """What was measured on a device."""
+    rows = [
+        ("memory copy", f"{speeds.copy_bytes_per_s / 1e9:,.1f} GB/s, read and written"),
+        ("matmul float32", f"{speeds.float32_flops_per_s / 1e9:,.0f} GFLOP/s"),
+        ("matmul bfloat16", f"{speeds.bfloat16_flops_per_s / 1e9:,.0f} GFLOP/s"),
+    ]
+    for name, rate in (
+        ("from the host", speeds.to_device_bytes_per_s),
+        ("to the host", speeds.from_device_bytes_per_s),
+    ):
+        if rate is not None:
+            rows.append((name, f"{rate / 1e9:,.1f} GB/s, pinned memory"))
+    return facts(f"measured on {speeds.device}", rows)
+
+
+def _findings(findings: Sequence[Finding]) -> Table:
+    """What is to be said, one line each, and the cure below it."""
+    table = Table(title="looked at", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column()
+    for finding in findings:
+        cure = f"\n-> {finding.cure}" if finding.cure else ""
+        level = Text(finding.level.value, style=_STYLES[finding.level])
+        table.add_row(level, finding.subject, f"{finding.text}{cure}")
+    return table
