@@ -48,7 +48,7 @@ class Breakdown:
         peak: The highest moment, every byte in a category.
         peak_step: 1 if the peak is in the step in which the optimizer's state is born, else 2.
         kept: Most bytes first.
-        costs: Forward and backward ops, most seconds first.
+        costs: Ops of forward and backward, and the update, most seconds first.
         step_s: Seconds of the whole step, the update included.
     """
 
@@ -78,7 +78,7 @@ def breakdown(profile: Profile) -> Breakdown:
         peak=peaks[peak_step - 1],
         peak_step=peak_step,
         kept=_kept(graph),
-        costs=_costs(graph),
+        costs=_costs(profile, graph),
         step_s=graph.seconds + profile.update_s,
     )
 
@@ -96,11 +96,13 @@ def _kept(graph: StepGraph) -> tuple[Kept, ...]:
     return tuple(sorted(entries, key=lambda entry: (-entry.total_bytes, entry.module, entry.op)))
 
 
-def _costs(graph: StepGraph) -> tuple[Cost, ...]:
-    """What the ops of forward and backward take."""
+def _costs(profile: Profile, graph: StepGraph) -> tuple[Cost, ...]:
+    """What the ops of forward and backward take, and the update as one entry."""
     found: dict[tuple[str, str], list[float]] = {}
     for op in graph.ops:
         found.setdefault(_site(op.key), []).append(op.seconds)
+    if profile.update.ops:
+        found["optimizer.step()", f"{len(profile.update.ops)} ops"] = [profile.update_s]
     entries = (Cost(*site, len(seconds), sum(seconds)) for site, seconds in found.items())
     return tuple(sorted(entries, key=lambda entry: (-entry.seconds, entry.module, entry.op)))
 
@@ -110,7 +112,8 @@ def _site(key: OpKey) -> tuple[str, str]:
     module = key.frame.partition("#")[0]
     op, of, _ = key.op.partition(" of ")
     op = op.removeprefix("aten.").removesuffix(".default")
-    return _NUMBER.sub("*", module) or _LOSS, f"{op} (backward)" if of else op
+    is_said = not of or op.endswith("_backward")
+    return _NUMBER.sub("*", module) or _LOSS, op if is_said else f"{op} (backward)"
 
 
 def bytes_by_category(event: Event) -> dict[str, int]:

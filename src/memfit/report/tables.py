@@ -5,7 +5,7 @@ Decides nothing and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -43,12 +43,25 @@ def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
     return table
 
 
+def spaced(tables: Sequence[Table]) -> Iterator[Table | str]:
+    """Tables with an empty line after each."""
+    for table in tables:
+        yield from (table, "")
+
+
 # ---- profile -------------------------------------------------------------------------------------
 
 
 def profile_tables(found: Breakdown) -> list[Table]:
     """The peak by category, the largest tensors that are kept, and the dearest ops."""
     return [_categories(found), _kept(found), _costs(found)]
+
+
+def seconds_note(profile: Profile) -> str:
+    """Where the seconds of a profile come from."""
+    if "roofline" in profile.source:
+        return f"Seconds by {profile.source} of what was planned for; --real measures this machine's."
+    return f"Seconds by {profile.source}."
 
 
 def profile_verdict(profile: Profile, found: Breakdown, title: str) -> str:
