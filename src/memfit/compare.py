@@ -55,7 +55,7 @@ class Way(Enum):
     """How a step is run."""
 
     PLAIN = "plain"
-    CHECKPOINTED = "every block checkpointed"
+    CHECKPOINTED = "every block"  # as `memfit frontier` calls it
     MEMFIT = "memfit"
 
 

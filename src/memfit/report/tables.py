@@ -39,7 +39,7 @@ def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
     """A plain table; ``right`` are the columns of numbers."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number in right else "left", no_wrap=name != "")
+        table.add_column(name, justify="right" if number in right else "left", no_wrap=True)
     return table
 
 
@@ -148,28 +148,32 @@ def _weights(audit: Audit) -> str:
 
 def compare_table(found: Comparison, title: str) -> Table:
     """Time and peak of each way, with bars."""
-    table = _columns(title, "", "a step", "", "peak", "", "loss", right=(1, 3))
+    memory_bytes = next((o.memory_bytes for o in found.outcomes if o.memory_bytes), None)
+    stated = "" if memory_bytes is None else f"of {format_bytes(memory_bytes)}"
+    table = _columns(title, "", "a step", "", "peak", "", stated, "loss", right=(1, 3, 5))
     slowest_s = max((o.median_step_s or 0.0 for o in found.outcomes), default=0.0)
     highest_bytes = max((o.measured_peak_bytes or 0 for o in found.outcomes), default=0)
     for outcome in found.outcomes:
         if outcome.median_step_s is None or outcome.measured_peak_bytes is None:
             table.add_row(outcome.way.value, Text(outcome.end.value, style="bold red"))
             continue
-        is_above = outcome.is_within is False
+        share = outcome.measured_peak_bytes / memory_bytes if memory_bytes else 0.0
         table.add_row(
             outcome.way.value,
             format_seconds(outcome.median_step_s),
             bar(outcome.median_step_s, slowest_s, _BAR // 2),
-            Text(format_bytes(outcome.measured_peak_bytes), style="bold red" if is_above else ""),
+            format_bytes(outcome.measured_peak_bytes),
             bar(outcome.measured_peak_bytes, highest_bytes, _BAR // 2),
-            f"{_loss(found, outcome)}{', ABOVE the memory' if is_above else ''}",
+            Text(f"{share:.0%}", style="bold red") if share > 1 else f"{share:.0%}",
+            _loss(found, outcome),
         )
     return table
 
 
 def compare_notes(found: Comparison) -> list[str]:
-    """What must be said besides: why a way did not come to its end, what dropout does."""
-    notes = [
+    """What must be said besides: what is checkpointed, why a way did not come to its end, what dropout does."""
+    notes = ["Every block: torch.utils.checkpoint around each repeated block, the batch whole."]
+    notes += [
         f"{outcome.way.value}: {outcome.end.value}: {outcome.detail}"
         for outcome in found.outcomes
         if outcome.median_step_s is None
@@ -201,8 +205,8 @@ def _loss(found: Comparison, outcome: Outcome) -> str:
     """How the losses of a way compare."""
     difference = found.loss_difference(outcome)
     if difference is None:
-        return "the reference"
-    return "the same to the bit" if difference == 0 else f"within {difference:.0e}"
+        return "reference"
+    return "same to the bit" if difference == 0 else f"within {difference:.0e}"
 
 
 # ---- doctor --------------------------------------------------------------------------------------
