@@ -173,7 +173,7 @@ def _by_hand(planned: Planned) -> str:
         return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
     return (
         f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}), simulated by the same "
-        "code. Plans are charged for the work of replaying each op, checkpointing for nothing but its ops."
+        "code. Both are charged for their Python, as benchmarks/overhead.py measures it."
     )
 
 

@@ -122,8 +122,8 @@ def strategy_notes(strategies: Sequence[Strategy]) -> str:
         return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
     return (
         f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}). "
-        "memfit: the step of the best plan above in that memory, over this one. Plans are charged for "
-        "the work of replaying each op, checkpointing for nothing but its ops."
+        "memfit: the step of the best plan above in that memory, over this one. Both are charged for "
+        "their Python, as benchmarks/overhead.py measures it."
     )
 
 
