@@ -11,7 +11,13 @@ import typer
 from memfit.cli.ending import interruptible, show, show_json
 from memfit.cli.options import AsJson, BatchSize, MicroBatchSize, PlannedDevice, Quiet, Seed, Target
 from memfit.cli.recording import record_target
-from memfit.report.terminal import frontier_table, frontier_verdict, strategy_notes, strategy_table
+from memfit.report.terminal import (
+    frontier_table,
+    frontier_verdict,
+    spaced,
+    strategy_notes,
+    strategy_table,
+)
 from memfit.workload import DEFAULT_TARGET
 
 
@@ -41,6 +47,7 @@ def frontier(
         show_json("frontier", data)
         return
     if not quiet:
-        show(frontier_table(found, target), strategy_table(notable(others), found), strategy_notes(others))
-        show(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
+        tables = frontier_table(found, target), strategy_table(notable(others), found), strategy_notes(others)
+        show(*spaced([*tables]))
+        show(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.", "")
     show(frontier_verdict(found, target))

@@ -11,7 +11,7 @@ import typer
 from memfit.cli.ending import interruptible, show, show_json
 from memfit.cli.options import AsJson, BatchSize, Memory, MicroBatchSize, PlannedDevice, Quiet, Seed, Target
 from memfit.cli.recording import find_card, record_target
-from memfit.report.terminal import plan_table, plan_verdict
+from memfit.report.terminal import plan_pictures, plan_table, plan_verdict, spaced, tried_table
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
@@ -46,25 +46,31 @@ def plan(
         memory or _SHARE_OF_A_CARD, total_bytes=None if card is None else card.memory_bytes
     )
     with interruptible():
-        from memfit.api import find_plan
         from memfit.core.advice import advice, block
+        from memfit.core.plan import Planner
+        from memfit.core.tried import tried
 
         recorded, micro_batch_size, work = record_target(
             target, batch_size, micro_batch_size, seed, device, quiet=quiet
         )
-        found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
+        planner = Planner(recorded, micro_batch_size)
+        found = planner.best(memory_bytes)
+        sizes = tried(planner, found)
         epoch = work.rows_per_epoch(found.rows)
         lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
         settings = None if export is None else _exported(recorded, found, export)
     if as_json:
-        more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
+        more = {"advice": lines, "candidates": [asdict(size) for size in sizes]} | (
+            {} if settings is None else {"export": asdict(settings)}
+        )
         show_json("plan", json.loads(found.to_json()) | more)
         return
     if settings is not None:
         print(settings)
         return
     if not quiet:
-        show(plan_table(found, target, *_cuda_memory(recorded, found)), *([block(lines)] if lines else []))
+        show(plan_table(found, target, *_cuda_memory(recorded, found)), *plan_pictures(recorded, found))
+        show("", tried_table(sizes), *spaced([block(lines)] if lines else []), "")
     show(plan_verdict(found, target))
 
 
