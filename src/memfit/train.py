@@ -111,7 +111,11 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step done: its number from 1, its loss, and what it took."""
+    """One step done: its number from 1, its loss, and what it took.
+
+    Attributes:
+        measured_peak_bytes: The highest that the metered steps so far have measured under this plan, if any.
+    """
 
     step: int
     steps: int
@@ -119,6 +123,7 @@ class StepReport:
     seconds: float
     amount: int
     unit: str
+    measured_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +231,7 @@ def _begin(options: TrainOptions, ranks: Ranks, *, is_there: bool) -> tuple[Trai
         stored = read_plan(options.out)
         return options, options.micro_batch_size if stored is None else stored.micro_batch_size
     if ranks.rank == 0:
-        start_run(options.out, _content(options, None))
+        start_run(options.out, _content(options, None, ranks.size))
     return options, options.micro_batch_size
 
 
@@ -243,7 +248,7 @@ def _train(options: TrainOptions, watch: Watcher, ranks: Ranks) -> RunResult:
         run = _prepare(options, pinned, watch, ranks)
         result = _go(run, watch)
     if ranks.rank == 0:
-        write_run(options.out, _content(options, result))
+        write_run(options.out, _content(options, result, ranks.size))
     return result
 
 
@@ -376,7 +381,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             if done > run.position.step + _WARM_STEPS:
                 plain_s.append(seconds)
             _note_new_plan(run, plan, watch)
-            watch.stepped(StepReport(done, options.steps, loss, seconds, *amount))
+            watch.stepped(StepReport(done, options.steps, loss, seconds, *amount, measured))
             if done % options.save_every == 0 or done == options.steps or asked:
                 _save(run, log, done)
     return _result(run, losses, measured, plain_s, interrupted=done < options.steps)
@@ -555,7 +560,7 @@ def _result(
     )
 
 
-def _content(options: TrainOptions, result: RunResult | None) -> dict[str, Any]:
+def _content(options: TrainOptions, result: RunResult | None, processes: int) -> dict[str, Any]:
     """Returns what ``run.json`` says."""
     versions = {
         "memfit": memfit.__version__,
@@ -565,6 +570,7 @@ def _content(options: TrainOptions, result: RunResult | None) -> dict[str, Any]:
     return {
         "options": options.as_json(),
         "versions": versions,
+        "processes": processes,
         "result": None if result is None else result.as_json(),
     }
 

@@ -10,6 +10,7 @@ Anything else ends with a traceback and code 1: it is a bug, here or in the mode
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -39,7 +40,7 @@ app = typer.Typer(
     name="memfit",
     help="Fits a PyTorch training step into a stated amount of memory.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit codes: 0 done, 2 usage, 3 no plan fits, 4 verification failed or memory ran out, "
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; by default what it was called with.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    _print_what_cannot_be_encoded()
     try:
         app(args=given, prog_name="memfit", obj=given)
     except SystemExit as end:
@@ -103,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("Interrupted.")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _print_what_cannot_be_encoded() -> None:
+    """Lets stdout spell out what its encoding lacks, as stderr does: a name must not end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

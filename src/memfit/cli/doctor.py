@@ -17,7 +17,8 @@ from memfit.cli.ending import (
 )
 from memfit.cli.options import AsJson, Quiet
 from memfit.core.machine import Finding
-from memfit.report.tables import doctor_tables, doctor_verdict, spaced
+from memfit.report.tables import doctor_tables, doctor_verdict
+from memfit.report.terminal import spaced
 
 
 def doctor(
@@ -46,7 +47,7 @@ def doctor(
         show_json("doctor", data)
     else:
         if not quiet:
-            show(*spaced(doctor_tables(found)))
+            show(*spaced(doctor_tables(found)), "")
         show(doctor_verdict(found))
     if any(problem.subject.startswith(CHECK) for problem in found.problems):
         raise typer.Exit(EXIT_BROKEN_PROMISE)

@@ -20,7 +20,13 @@ from memfit.cli.options import (
     Target,
 )
 from memfit.cli.recording import record_target, refuse_with_profile
-from memfit.report.terminal import frontier_table, frontier_verdict, strategy_notes, strategy_table
+from memfit.report.terminal import (
+    frontier_table,
+    frontier_verdict,
+    spaced,
+    strategy_notes,
+    strategy_table,
+)
 from memfit.workload import DEFAULT_TARGET
 
 
@@ -53,6 +59,7 @@ def frontier(
         show_json("frontier", data)
         return
     if not quiet:
-        show(frontier_table(found, title), strategy_table(notable(others), found), strategy_notes(others))
-        show(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.")
+        tables = frontier_table(found, title), strategy_table(notable(others), found), strategy_notes(others)
+        show(*spaced([*tables]))
+        show(f"Seconds by {recorded.source}; recomputed is a share of them. Any of these fits --memory.", "")
     show(frontier_verdict(found, title))

@@ -21,7 +21,7 @@ from memfit.cli.options import (
     Target,
 )
 from memfit.cli.recording import find_card, memory_in_bytes, record_target, refuse_with_profile
-from memfit.report.terminal import plan_table, plan_verdict
+from memfit.report.terminal import plan_pictures, plan_table, plan_verdict, spaced, tried_table
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -55,26 +55,31 @@ def plan(
     title = target if profile is None else profile.name
     with interruptible():
         memory_bytes = memory_in_bytes(memory or _SHARE_OF_A_CARD, device, profile)
-        from memfit.api import find_plan
         from memfit.core.advice import advice, block
+        from memfit.core.plan import Planner
+        from memfit.core.tried import tried
 
         recorded, micro_batch_size, work = record_target(
             target, batch_size, micro_batch_size, seed, device, stored=profile, quiet=quiet
         )
-        found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
+        planner = Planner(recorded, micro_batch_size)
+        found = planner.best(memory_bytes)
+        sizes = tried(planner, found)
         epoch = None if work is None else work.rows_per_epoch(found.rows)
-        betas = None if work is None else work.betas
-        lines = advice(recorded, found, rows_per_epoch=epoch, betas=betas)
+        lines = advice(recorded, found, rows_per_epoch=epoch, betas=None if work is None else work.betas)
         settings = None if export is None else _exported(recorded, found, export)
     if as_json:
-        more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
+        more = {"advice": lines, "candidates": [asdict(size) for size in sizes]} | (
+            {} if settings is None else {"export": asdict(settings)}
+        )
         show_json("plan", json.loads(found.to_json()) | more)
         return
     if settings is not None:
         print(settings)
         return
     if not quiet:
-        show(plan_table(found, title, *_cuda_memory(recorded, found)), *([block(lines)] if lines else []))
+        show(plan_table(found, title, *_cuda_memory(recorded, found)), *plan_pictures(recorded, found))
+        show("", tried_table(sizes), *spaced([block(lines)] if lines else []), "")
     show(plan_verdict(found, title))
 
 

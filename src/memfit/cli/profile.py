@@ -11,7 +11,8 @@ import typer
 from memfit.cli.ending import interruptible, progress, show, show_json
 from memfit.cli.options import AsJson, BatchSize, PlannedDevice, Quiet, Seed, Target
 from memfit.cli.recording import record_anyhow
-from memfit.report.tables import profile_tables, profile_verdict, seconds_note, spaced
+from memfit.report.tables import profile_tables, profile_verdict, seconds_note
+from memfit.report.terminal import spaced
 from memfit.workload import DEFAULT_TARGET
 
 
@@ -53,5 +54,5 @@ def profile(
         show_json("breakdown", asdict(found) | {"peak": peak} | more)
         return
     if not quiet:
-        show(*spaced(profile_tables(found)), seconds_note(recorded))
+        show(*spaced(profile_tables(found)), seconds_note(recorded), "")
     show(profile_verdict(recorded, found, target))

@@ -18,13 +18,14 @@ from memfit.cli.ending import (
 )
 from memfit.cli.options import AsJson, BatchSize, Device, Memory, MicroBatchSize, Quiet, Seed, Target
 from memfit.errors import MemfitError
-from memfit.report.terminal import TerminalWatcher, result_table, result_verdict
+from memfit.report.terminal import TerminalWatcher, result_table, result_verdict, run_pictures
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memfit.report.contents import Contents
     from memfit.train import RunResult
 
 
@@ -87,15 +88,16 @@ def train(
     if result.is_first:
         if as_json:
             show_json("train", result.as_json())
-        elif not quiet:
-            show(result_table(result))
-        _report_of(out, cap_bytes, progress(quiet=quiet))
+        content = _report_of(out, cap_bytes, progress(quiet=quiet))
+        if not as_json and not quiet:
+            pictures = [] if content is None or content.planned is None else run_pictures(content.planned)
+            show(result_table(result), *pictures, "")
         if not as_json:
             show(result_verdict(result, target))
     _end(result)
 
 
-def _report_of(folder: Path, cap_bytes: int | None, console: Console) -> None:
+def _report_of(folder: Path, cap_bytes: int | None, console: Console) -> Contents | None:
     """Writes the page of a run that has ended; a run is not lost because its page cannot be written."""
     from memfit.report.page import write_report
 
@@ -104,11 +106,12 @@ def _report_of(folder: Path, cap_bytes: int | None, console: Console) -> None:
 
         lift_hard_cap()
     try:
-        page, _ = write_report(folder)
+        page, content = write_report(folder)
     except (MemfitError, ValueError, OSError) as error:
         say(f"The report was not written: {error}")
-    else:
-        console.print(f"Report: {page}", soft_wrap=True)
+        return None
+    console.print(f"Report: {page}", soft_wrap=True)
+    return content
 
 
 def _end(result: RunResult) -> None:

@@ -5,15 +5,17 @@ Decides nothing and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memfit.core.breakdown import Breakdown, bytes_by_category
+from memfit.core.breakdown import Breakdown
 from memfit.core.machine import Finding, Level, Machine, Speeds
-from memfit.report.terminal import facts
+from memfit.report.terminal import PeakBar, facts
+from memfit.report.terminal.tables import Blocks
 from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -22,17 +24,14 @@ if TYPE_CHECKING:
     from memfit.core.graph import Profile
     from memfit.doctor import Diagnosis
 
-_BAR = 24  # letters of the longest bar
+_BAR = 10  # letters of the longest bar
 _SHOWN = 8  # entries of a list
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
 
 
-def bar(part: float, whole: float, length: int = _BAR) -> str:
-    """A bar as long as a part of the whole, which has ``length`` letters; at least a sliver."""
-    if part <= 0 or whole <= 0:
-        return ""
-    eighths: int = max(1, round(8 * length * part / whole))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+def _bar(part: float, whole: float) -> Blocks:
+    """A bar as long as a part of the whole."""
+    return Blocks(max(1, round(_BAR * part / whole)) if part > 0 < whole else 0)
 
 
 def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
@@ -43,18 +42,12 @@ def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
     return table
 
 
-def spaced(tables: Sequence[Table]) -> Iterator[Table | str]:
-    """Tables with an empty line after each."""
-    for table in tables:
-        yield from (table, "")
-
-
 # ---- profile -------------------------------------------------------------------------------------
 
 
-def profile_tables(found: Breakdown) -> list[Table]:
+def profile_tables(found: Breakdown) -> list[RenderableType]:
     """The peak by category, the largest tensors that are kept, and the dearest ops."""
-    return [_categories(found), _kept(found), _costs(found)]
+    return [PeakBar(found.peak, found.peak.total_bytes), _kept(found), _costs(found)]
 
 
 def seconds_note(profile: Profile) -> str:
@@ -72,17 +65,6 @@ def profile_verdict(profile: Profile, found: Breakdown, title: str) -> str:
         f"The plain step of {title} ({rows} at once) peaks at {format_bytes(found.peak.total_bytes)}, in "
         f"{where}."
     )
-
-
-def _categories(found: Breakdown) -> Table:
-    """The peak by category."""
-    table = _columns("at the peak", "", "bytes", "share", "", right=(1, 2))
-    total_bytes = found.peak.total_bytes
-    for name, size_bytes in bytes_by_category(found.peak).items():
-        share = f"{size_bytes / total_bytes:.1%}"
-        table.add_row(name, format_bytes(size_bytes), share, bar(size_bytes, total_bytes))
-    table.add_row("in all", format_bytes(total_bytes), "", "")
-    return table
 
 
 def _kept(found: Breakdown) -> Table:
@@ -161,9 +143,9 @@ def compare_table(found: Comparison, title: str) -> Table:
         table.add_row(
             outcome.way.value,
             format_seconds(outcome.median_step_s),
-            bar(outcome.median_step_s, slowest_s, _BAR // 2),
+            _bar(outcome.median_step_s, slowest_s),
             format_bytes(outcome.measured_peak_bytes),
-            bar(outcome.measured_peak_bytes, highest_bytes, _BAR // 2),
+            _bar(outcome.measured_peak_bytes, highest_bytes),
             Text(f"{share:.0%}", style="bold red") if share > 1 else f"{share:.0%}",
             _loss(found, outcome),
         )
@@ -171,7 +153,7 @@ def compare_table(found: Comparison, title: str) -> Table:
 
 
 def compare_notes(found: Comparison) -> list[str]:
-    """What must be said besides: what is checkpointed, why a way did not come to its end, what dropout does."""
+    """What must be said besides: what is checkpointed, why a way did not end well, what dropout does."""
     notes = ["Every block: torch.utils.checkpoint around each repeated block, the batch whole."]
     notes += [
         f"{outcome.way.value}: {outcome.end.value}: {outcome.detail}"
@@ -212,7 +194,7 @@ def _loss(found: Comparison, outcome: Outcome) -> str:
 # ---- doctor --------------------------------------------------------------------------------------
 
 
-def doctor_tables(found: Diagnosis) -> list[Table]:
+def doctor_tables(found: Diagnosis) -> list[RenderableType]:
     """The machine, its speeds, and what is to be said of it."""
     speeds = [_speeds(each) for each in found.speeds]
     return [facts("this machine", _facts(found.machine)), *speeds, _findings(found.findings)]
