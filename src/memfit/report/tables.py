@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,9 +30,15 @@ _SHOWN = 8  # entries of a list
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
 
 
-def _bar(part: float, whole: float) -> Blocks:
-    """A bar as long as a part of the whole."""
-    return Blocks(max(1, round(_BAR * part / whole)) if part > 0 < whole else 0)
+class _Bar(Blocks):
+    """A bar as long as a part of the whole, in a column as wide as the whole."""
+
+    def __init__(self, part: float, whole: float) -> None:
+        super().__init__(max(1, round(_BAR * part / whole)) if part > 0 < whole else 0)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """As wide as the longest."""
+        return Measurement(_BAR, _BAR)
 
 
 def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
@@ -47,13 +54,13 @@ def _columns(title: str, *names: str, right: Sequence[int] = ()) -> Table:
 
 def profile_tables(found: Breakdown) -> list[RenderableType]:
     """The peak by category, the largest tensors that are kept, and the dearest ops."""
-    return [PeakBar(found.peak, found.peak.total_bytes), _kept(found), _costs(found)]
+    return [PeakBar(found.peak), _kept(found), _costs(found)]
 
 
 def seconds_note(profile: Profile) -> str:
     """Where the seconds of a profile come from."""
     if "roofline" in profile.source:
-        return f"Seconds by {profile.source} of what was planned for; --real measures this machine's."
+        return f"Seconds by {profile.source}: what a large accelerator takes at least. --real measures here."
     return f"Seconds by {profile.source}."
 
 
@@ -143,9 +150,9 @@ def compare_table(found: Comparison, title: str) -> Table:
         table.add_row(
             outcome.way.value,
             format_seconds(outcome.median_step_s),
-            _bar(outcome.median_step_s, slowest_s),
+            _Bar(outcome.median_step_s, slowest_s),
             format_bytes(outcome.measured_peak_bytes),
-            _bar(outcome.measured_peak_bytes, highest_bytes),
+            _Bar(outcome.measured_peak_bytes, highest_bytes),
             Text(f"{share:.0%}", style="bold red") if share > 1 else f"{share:.0%}",
             _loss(found, outcome),
         )

@@ -21,28 +21,34 @@ _SQUEEZED = 3  # a budget this many times the peak would leave no room to tell c
 
 @dataclass(frozen=True, slots=True)
 class PeakBar:
-    """The bytes of one moment, stacked; free memory up to the budget; and what each category takes."""
+    """The bytes of one moment, stacked; free memory up to the budget, if any; what each category takes."""
 
     peak: Event
-    budget_bytes: int
+    budget_bytes: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws it."""
         look = look_of(console, options)
-        total, budget = self.peak.total_bytes, self.budget_bytes
+        total = self.peak.total_bytes
         what = "peak" if self.peak.phase == "update" else f"peak in the {self.peak.phase},"
         yield Text.assemble(
             (f"{what} at {self.peak.owner}\n", "dim"), self._bar(look, min(options.max_width, _MOST_CELLS))
         )
-        left = budget - total
+        yield from flowing([*self._legend(look), Text(self._left(), style="bold")], options.max_width)
+
+    def _left(self) -> str:
+        """What is left of the budget; without one, the peak itself."""
+        total = self.peak.total_bytes
+        if self.budget_bytes is None:
+            return f"{format_bytes(total)} in all"
+        left = self.budget_bytes - total
         free = f"{format_bytes(left)} free" if left >= 0 else f"{format_bytes(-left)} TOO MUCH"
-        yield from flowing(
-            [*self._legend(look), Text(f"{free} of {format_bytes(budget)}", style="bold")], options.max_width
-        )
+        return f"{free} of {format_bytes(self.budget_bytes)}"
 
     def _bar(self, look: Look, width: int) -> Text:
         """The bar; where the budget is far off, an arrow stands for the way there."""
-        total, budget = self.peak.total_bytes, self.budget_bytes
+        total = self.peak.total_bytes
+        budget = total if self.budget_bytes is None else self.budget_bytes
         is_far = budget > _SQUEEZED * total
         end = ("─→│" if look.has_blocks else "->|") if is_far else "│" if look.has_blocks else "|"
         cells = width - len(end)
