@@ -188,11 +188,14 @@ def _child(request: Request, way: Way, sender: Connection) -> None:
     """Runs a way and sends what it came to, or the text of an error in what was asked."""
     os.dup2(2, 1)  # what the workload prints must not come between the data
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says that it was interrupted
-    sender.send(_outcome(request, way))
+    sender.send(run_way(request, way))
 
 
-def _outcome(request: Request, way: Way) -> Outcome | str:
-    """What a way comes to; memory that runs out is an outcome, too."""
+def run_way(request: Request, way: Way) -> Outcome | str:
+    """What a way comes to in this process; the text of an error in what was asked.
+
+    Memory that runs out is an outcome, too. A hard cap binds this process until the last step.
+    """
     memory_bytes: int | None = None
     try:
         seed_everything(request.seed)

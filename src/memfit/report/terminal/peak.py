@@ -29,7 +29,6 @@ class PeakBar:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws it."""
         look = look_of(console, options)
-        total = self.peak.total_bytes
         what = "peak" if self.peak.phase == "update" else f"peak in the {self.peak.phase},"
         yield Text.assemble(
             (f"{what} at {self.peak.owner}\n", "dim"), self._bar(look, min(options.max_width, _MOST_CELLS))
