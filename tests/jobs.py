@@ -256,7 +256,7 @@ def coupled_in_two_passes(batch_size: int = 6) -> Workload:
     def loss_fn(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
-    return Workload(made.model, made.optimizer, loss_fn, made.batches, outputs_fn=outputs_fn)  # type: ignore[arg-type]
+    return Workload(made.model, made.optimizer, loss_fn, made.batches, outputs_fn=outputs_fn)
 
 
 def looks_at_its_data() -> Workload:
