@@ -59,7 +59,7 @@ def profile_tables(found: Breakdown) -> list[RenderableType]:
 
 def seconds_note(profile: Profile) -> str:
     """Where the seconds of a profile come from."""
-    if "roofline" in profile.source:
+    if profile.source == "roofline":  # of no card
         return f"Seconds by {profile.source}: what a large accelerator takes at least. --real measures here."
     return f"Seconds by {profile.source}."
 
