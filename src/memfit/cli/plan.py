@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memfit.cli.ending import interruptible, show
-from memfit.cli.options import AsJson, BatchSize, Memory, MicroBatchSize, PlannedDevice, Seed, Target
-from memfit.cli.recording import find_card, record_target
-from memfit.report.terminal import plan_table, plan_verdict
-from memfit.units import parse_memory
+from memfit.cli.ending import interruptible, show, show_json
+from memfit.cli.options import (
+    AsJson,
+    BatchSize,
+    Memory,
+    MicroBatchSize,
+    PlannedDevice,
+    Quiet,
+    Seed,
+    StoredProfile,
+    Target,
+)
+from memfit.cli.recording import find_card, memory_in_bytes, record_target, refuse_with_profile
+from memfit.report.terminal import plan_pictures, plan_table, plan_verdict, spaced, tried_table
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -32,38 +41,46 @@ def plan(
     micro_batch_size: MicroBatchSize = None,
     seed: Seed = 0,
     device: PlannedDevice = None,
+    profile: StoredProfile = None,
     export: Annotated[
         str | None, typer.Option(help="Print it as settings of another tool: transformers or axolotl.")
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Print the plan for TARGET within --memory, or most of a --device; the model takes no memory here."""
-    card = find_card(device)
-    if memory is None and card is None:
+    refuse_with_profile(profile, device=device, batch_size=batch_size)
+    if memory is None and find_card(device) is None:
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
-    memory_bytes = parse_memory(
-        memory or _SHARE_OF_A_CARD, total_bytes=None if card is None else card.memory_bytes
-    )
+    title = target if profile is None else profile.name
     with interruptible():
-        from memfit.api import find_plan
+        memory_bytes = memory_in_bytes(memory or _SHARE_OF_A_CARD, device, profile)
         from memfit.core.advice import advice, block
+        from memfit.core.plan import Planner
+        from memfit.core.tried import tried
 
-        recorded, micro_batch_size, work = record_target(target, batch_size, micro_batch_size, seed, device)
-        found = find_plan(recorded, memory=memory_bytes, micro_batch_size=micro_batch_size)
-        epoch = work.rows_per_epoch(found.rows)
-        lines = advice(recorded, found, rows_per_epoch=epoch, betas=work.betas)
+        recorded, micro_batch_size, work = record_target(
+            target, batch_size, micro_batch_size, seed, device, stored=profile, quiet=quiet
+        )
+        planner = Planner(recorded, micro_batch_size)
+        found = planner.best(memory_bytes)
+        sizes = tried(planner, found)
+        epoch = None if work is None else work.rows_per_epoch(found.rows)
+        lines = advice(recorded, found, rows_per_epoch=epoch, betas=None if work is None else work.betas)
         settings = None if export is None else _exported(recorded, found, export)
     if as_json:
-        more = {"advice": lines} | ({} if settings is None else {"export": asdict(settings)})
-        print(json.dumps(json.loads(found.to_json()) | more, indent=1))
+        more = {"advice": lines, "candidates": [asdict(size) for size in sizes]} | (
+            {} if settings is None else {"export": asdict(settings)}
+        )
+        show_json("plan", json.loads(found.to_json()) | more)
         return
     if settings is not None:
         print(settings)
         return
-    show(plan_table(found, target, *_cuda_memory(recorded, found)))
-    print(plan_verdict(found, target))
-    if lines:
-        print(block(lines))
+    if not quiet:
+        show(plan_table(found, title, *_cuda_memory(recorded, found)), *plan_pictures(recorded, found))
+        show("", tried_table(sizes), *spaced([block(lines)] if lines else []), "")
+    show(plan_verdict(found, title))
 
 
 def _cuda_memory(recorded: Profile, found: Plan) -> list[CudaMemory]:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memfit.cli.ending import show
-from memfit.cli.options import AsJson
+from memfit.cli.ending import show_json
+from memfit.cli.options import AsJson, Quiet
 
 
 def report(
@@ -23,6 +23,7 @@ def report(
     png: Annotated[Path | None, typer.Option(help="Write the timeline as a PNG, too.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the timeline as an SVG, too.")] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write one HTML page that shows a run or a plan; it opens from disk without a network."""
     from memfit.report.page import write_picture, write_report
@@ -34,6 +35,6 @@ def report(
             write_picture(content, path, kind)
             written[kind] = str(path)
     if as_json:
-        show(written)
+        show_json("report", written)
     else:
-        print("\n".join(written.values()))
+        print(*([written["page"]] if quiet else written.values()), sep="\n")

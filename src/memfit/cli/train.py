@@ -6,16 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from memfit.cli.ending import EXIT_BROKEN_PROMISE, EXIT_INTERRUPTED, interruptible, say, show
-from memfit.cli.options import AsJson, BatchSize, Device, Memory, MicroBatchSize, Seed, Target
+from memfit.cli.ending import (
+    EXIT_BROKEN_PROMISE,
+    EXIT_INTERRUPTED,
+    interruptible,
+    progress,
+    say,
+    show,
+    show_json,
+)
+from memfit.cli.options import AsJson, BatchSize, Device, Memory, MicroBatchSize, Quiet, Seed, Target
 from memfit.errors import MemfitError
-from memfit.report.terminal import TerminalWatcher, result_table
+from memfit.report.terminal import TerminalWatcher, result_table, result_verdict, run_pictures
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memfit.report.contents import Contents
     from memfit.train import RunResult
 
 
@@ -43,6 +53,7 @@ def train(
         int, typer.Option(help="Processes that share each batch (DistributedDataParallel).", min=1)
     ] = 1,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train TARGET within --memory; can be killed at any moment and resumed bit for bit."""
     # Read before torch is imported: a typing error is answered at once.
@@ -72,15 +83,21 @@ def train(
             save_every=save_every,
             device=device,
         )
-        with TerminalWatcher(Console(stderr=True)) as watcher:
+        with TerminalWatcher(progress(quiet=quiet)) as watcher:
             result = run_training(options, watcher)
     if result.is_first:
-        show(result.as_json() if as_json else result_table(result))
-        _report_of(out, cap_bytes)
+        if as_json:
+            show_json("train", result.as_json())
+        content = _report_of(out, cap_bytes, progress(quiet=quiet))
+        if not as_json and not quiet:
+            pictures = [] if content is None or content.planned is None else run_pictures(content.planned)
+            show(result_table(result), *pictures, "")
+        if not as_json:
+            show(result_verdict(result, target))
     _end(result)
 
 
-def _report_of(folder: Path, cap_bytes: int | None) -> None:
+def _report_of(folder: Path, cap_bytes: int | None, console: Console) -> Contents | None:
     """Writes the page of a run that has ended; a run is not lost because its page cannot be written."""
     from memfit.report.page import write_report
 
@@ -89,11 +106,12 @@ def _report_of(folder: Path, cap_bytes: int | None) -> None:
 
         lift_hard_cap()
     try:
-        page, _ = write_report(folder)
+        page, content = write_report(folder)
     except (MemfitError, ValueError, OSError) as error:
         say(f"The report was not written: {error}")
-    else:
-        say(f"Report: {page}")
+        return None
+    console.print(f"Report: {page}", soft_wrap=True)
+    return content
 
 
 def _end(result: RunResult) -> None:

@@ -4,9 +4,8 @@ Note [One chart, two uses]
  1. A chart takes its rows from a named table. The page fills the table and fills it anew when the slider
     moves; a picture (PNG, SVG) has the rows in it. Both are the same chart.
  2. The axes are the same for every plan of a report, so that two pictures can be compared.
- 3. Colours of categories are those of PyTorch's memory timeline (torch/profiler/_memory_profiler.py); there
-    is none for recomputed activations, so they are a light red. On a dark page they are lighter. Thin lines
-    between neighbours tell them apart where colours do not.
+ 3. Colours of categories are those of ``categories.py``. Thin lines between neighbours tell them apart where
+    colours do not.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import altair as alt
 
 from memfit.core.frontier import Point
 from memfit.core.outline import Outline
-from memfit.report.contents import CATEGORIES, Choice, Contents, Planned, sizes_of
+from memfit.report.categories import CATEGORIES, LIGHT, sizes_of
+from memfit.report.contents import Choice, Contents, Planned
 from memfit.units import format_bytes, format_seconds
 
 Rows = list[dict[str, Any]]
 Chart = Any  # of Altair; what its methods return is typed too loosely to say more
-LIGHT = ("darkgreen", "mediumblue", "goldenrod", "black", "red", "lightsalmon", "mediumpurple")
-DARK = ("#3fa35b", "#5c82ff", "goldenrod", "#c8ccd4", "#ff4d4d", "#ffc2a8", "#b39ae6")
 _FAMILIES = ("plain", "every block", "every k-th block", "matmuls saved", "half the matmuls")
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 _RED = "#e5355f"  # to be read on light and dark
