@@ -52,7 +52,7 @@ def show(*what: RenderableType) -> None:
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     for each in what:
-        console.print(each, soft_wrap=isinstance(each, str))
+        console.print(each, soft_wrap=isinstance(each, str) and not console.is_terminal)
 
 
 def show_json(kind: str, data: Mapping[str, Any]) -> None:

@@ -38,14 +38,14 @@ class BlockStrip:
         shades = _SHADES if look.has_blocks else _ASCII_SHADES
         cells = "".join(shades[shade_of(share)] for share in self.shares)
         legend = ", ".join(f"{shade} {told}" for shade, told in zip(shades, _TOLD, strict=True))
-        yield Text(f"recomputed in each of {len(self.blocks)} blocks: {legend}", style="dim")
+        yield Text(f"recomputed in each of {len(self.blocks)} blocks ({legend})", style="dim")
         first, last = self.blocks[0].name, self.blocks[-1].name
         names = [first] if len(self.blocks) == 1 else [first, last]
         room = options.max_width - sum(len(name) + 1 for name in names)
         if len(cells) <= room:
             yield Text(" ".join([names[0], cells, *names[1:]]))
             return
-        yield Text(" ... ".join(names) if look.has_blocks is False else " … ".join(names))
+        yield Text(" ... ".join(names))
         yield from (Text(line) for line in _lines(cells, options.max_width))
 
 

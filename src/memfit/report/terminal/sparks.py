@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from memfit.report.categories import EITHER
 from memfit.report.terminal.look import look_of
 from memfit.units import format_bytes, format_seconds
 
@@ -19,17 +20,27 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.:-=+*#"
 _MOST_CELLS = 100
+_ROWS = 3  # of the highest step
 
 
-def sparkline(values: Sequence[float], *, blocks: bool = True) -> str:
+def sparkline(values: Sequence[float]) -> str:
     """Returns a line of blocks as high as ``values``, from the smallest to the largest of them."""
-    return scaled(values, min(values), max(values), blocks=blocks) if values else ""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
 
 
-def scaled(values: Iterable[float], low: float, high: float, *, blocks: bool = True) -> str:
-    """Returns a line of blocks as high as ``values`` are between two limits."""
-    bars, span = _BARS if blocks else _ASCII_BARS, (high - low) or 1.0
-    return "".join(bars[round((value - low) / span * (len(bars) - 1))] for value in values)
+def columns_of(values: Sequence[float], high: float, rows: int, *, blocks: bool = True) -> list[str]:
+    """Returns lines that together show ``values`` as columns, of so many rows for ``high``; the top first."""
+    bars = " " + (_BARS if blocks else _ASCII_BARS)
+    levels = [round(value / (high or 1.0) * rows * (len(bars) - 1)) for value in values]
+    found = []
+    for row in reversed(range(rows)):
+        below = row * (len(bars) - 1)
+        found.append("".join(bars[min(max(level - below, 0), len(bars) - 1)] for level in levels))
+    return found
 
 
 def heights(drawn: Outline, end_s: float, cells: int) -> list[int]:
@@ -54,13 +65,15 @@ class LiveBytes:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws them; memory from 0, so that heights compare."""
-        blocks = look_of(console, options).has_blocks
+        look = look_of(console, options)
         end_s = max(drawn.end_s for _, drawn in self.steps)
         top_bytes = max(drawn.peak.event.total_bytes for _, drawn in self.steps)
         for name, drawn in self.steps:
             peak = format_bytes(drawn.peak.event.total_bytes)
             told = f"live bytes, {name}: peak {peak}, {format_seconds(drawn.end_s)}"
-            line = scaled(
-                heights(drawn, end_s, min(options.max_width, _MOST_CELLS)), 0, top_bytes, blocks=blocks
-            )
-            yield Text(f"{told}\n", style="dim") + Text(line, style="not dim")
+            found = heights(drawn, end_s, min(options.max_width, _MOST_CELLS))
+            yield Text(told, style="dim")
+            style = EITHER[1] if name != "plain" and look.has_colours else ""
+            for line in columns_of(found, top_bytes, _ROWS, blocks=look.has_blocks):
+                if line.strip():
+                    yield Text(line, style=style)

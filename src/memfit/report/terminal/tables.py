@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
 from memfit.core.hidden import KNOB, told
 from memfit.units import format_bytes, format_seconds
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from memfit.core.strategies import Strategy
     from memfit.core.tried import Tried
     from memfit.train import RunResult
+
+
+_BAR_CELLS = 10
+_LEAST_CELLS = 10  # of a column that may break its lines
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
@@ -69,22 +76,52 @@ def columns(title: str, names: Sequence[str], numbers: Sequence[str], more: Sequ
 
     What is too wide goes on in the next line: nothing is cut off.
     """
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heads, justify in ((names, "left"), (numbers, "right"), (more, "left")):
-        for head in heads:
-            table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = _Columns(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for head in names:
+        table.add_column(head, no_wrap=True, overflow="fold")
+    for head in numbers:
+        table.add_column(head, no_wrap=True, overflow="fold", justify="right")
+    for head in more:
+        table.add_column(head, overflow="fold")
     return table
 
 
-class Blocks:
-    """So many full cells."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
+class _Columns(Table):
+    """A table that would rather break its lines than cut them off, where the window is narrow."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draws them; with ASCII where there is nothing else."""
-        yield ("#" if options.ascii_only else "█") * self._count
+        """Draws it."""
+        whole = [column for column in self.columns if column.no_wrap]
+        rest = len(self.columns) - len(whole)
+        least = sum(_widest(column) for column in whole) + rest * _LEAST_CELLS
+        if least + 2 * len(self.columns) > options.max_width:
+            self.padding = (0, 1, 0, 0)
+        if least + len(self.columns) > options.max_width:
+            for column in whole:
+                column.no_wrap = False
+                column.header = str(column.header).replace("-", "- ")  # where a line may break
+        yield from super().__rich_console__(console, options)
+
+
+def _widest(column: Column) -> int:
+    """The cells of the longest entry of a column of texts."""
+    return max(cell_len(str(entry)) for entry in (column.header, *column.cells))
+
+
+class Bar:
+    """A share as a bar, never empty."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it; with ASCII where there is nothing else."""
+        cells = max(1, round(self._share * min(_BAR_CELLS, options.max_width)))
+        yield Text(("#" if options.ascii_only else "█") * cells)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """It has room in a few cells."""
+        return Measurement(1, _BAR_CELLS)
 
 
 def tried_table(sizes: Sequence[Tried]) -> Table:
@@ -114,7 +151,7 @@ def frontier_table(plans: Sequence[Plan], title: str) -> Table:
         table.add_row(
             *_point(plan),
             f"{plan.predicted_step_s / fastest_s:.2f} x",
-            Blocks(max(1, round(10 * plan.predicted_step_s / slowest_s))),
+            Bar(plan.predicted_step_s / slowest_s),
         )
     return table
 
