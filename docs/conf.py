@@ -30,7 +30,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Without a network other projects' names cannot be looked up; memfit's own must all be found.
-nitpick_ignore_regex = [(r"py:.*", r"(?!memfit).*")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!memfit).*"), (r"py:.*", r"memfit\.runtime\.windows\.Batch")]
 
 html_theme = "furo"
 html_title = "memfit"

@@ -261,6 +261,7 @@ GIVEN: dict[str, dict[int, Callable[[Path], Names]]] = {
     "docs/compile.md": {0: _blocks},
     "docs/many_processes.md": {0: _blocks, 1: _blocks},
 }
+SLOW = {"docs/tutorial.md"}  # its commands are run by `make tutorial`
 RUN_ELSEWHERE = {("README.md", 0)}  # it is examples/quickstart.py, which examples/timeline.py runs
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
+import importlib
 import io
 import re
 import subprocess
@@ -19,7 +22,8 @@ import pages
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(memfit.__file__).parent
-README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+command_line: Any = importlib.import_module("command_line")
 
 pytestmark = [
     # Lightning's own:
@@ -51,23 +55,39 @@ def _no_state_is_left() -> Iterator[None]:
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_page(page, tmp_path, monkeypatch, with_commands=page not in pages.SLOW)
+
+
+@pytest.mark.tutorial
+@pytest.mark.parametrize("page", sorted(pages.SLOW))
+def test_the_commands_of_a_slow_page_print_what_it_shows(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_page(page, tmp_path, monkeypatch, with_commands=True)
+
+
+def run_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with_commands: bool) -> None:
+    """Runs the blocks of a page in order, and compares what they print with what it shows."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    printed, exit_code, number, names = "", 0, 0, dict[str, Any]()
+    printed: str | None = ""
+    exit_code, number, names = 0, 0, dict[str, Any]()
     found = pages.blocks(page)
     with pages.surroundings(page):
         for block, below in zip(found, [*found[1:], None], strict=False):
             is_shown = below is not None and below.is_output
             if block.file is not None:
                 (tmp_path / block.file).write_text(block.text)
-            elif block.language == "python":
+            if block.language == "python":
                 names |= pages.GIVEN.get(page, {}).get(number, lambda _: {})(tmp_path)
                 if (page, number) not in pages.RUN_ELSEWHERE:
                     printed, exit_code = run_python(block.text, names), 0
                 number += 1
-            elif is_shown and pages.commands(block):
+            elif is_shown and with_commands:
                 printed, exit_code = run_commands(pages.commands(block))
-            elif block.is_output:
+            elif is_shown:
+                printed = None
+            elif block.is_output and printed is not None:
                 assert exit_code == block.code, printed
                 assert pages.alike(block.text, printed, exact=block.is_exact), printed
         pages.AFTER.get(page, lambda _: None)(names)
@@ -169,3 +189,101 @@ def test_the_tables_of_figures_are_made_from_the_newest_results() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---- errors, options, the build ---------------------------------------------------------------------
+
+
+def classes_of_errors() -> list[str]:
+    """Every exception that memfit defines for others to see."""
+    trees = (ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py"))
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found, known = list[str](), {"Exception"}
+    known |= {name for name in vars(builtins) if name.endswith("Error")}
+    while True:
+        new = [
+            node.name
+            for node in classes
+            if node.name not in known and any(isinstance(b, ast.Name) and b.id in known for b in node.bases)
+        ]
+        if not new:
+            return sorted(name for name in found if not name.startswith("_"))
+        found, known = found + new, known | set(new)
+
+
+def test_every_error_has_an_entry() -> None:
+    headings = re.findall(r"^### `(\w+)`$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == classes_of_errors(), "docs/errors.md: one heading for each class"
+
+
+def test_every_exit_code_has_an_entry() -> None:
+    named = {
+        int(n) for p in SOURCE.rglob("*.py") for n in re.findall(r"^EXIT_\w+ = (\d+)", p.read_text(), re.M)
+    }
+    assert len(named) >= 5
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert {int(code) for code in table} == named | {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as HTML; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "-n",
+        "-q",
+        "-b",
+        "html",
+        str(ROOT / "docs"),
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_option_is_in_the_documentation(site: Path) -> None:
+    page = re.sub(r"<[^>]+>", "", (site / "commands.html").read_text("utf-8"))
+    for words, command in command_line.commands():
+        assert f"memfit {words}" in page
+        for option in command_line.options(command):
+            assert option in page, (words, option)
+
+
+def test_every_public_name_is_in_the_documentation(site: Path) -> None:
+    page = (site / "api.html").read_text("utf-8")
+    for name in memfit.__all__:
+        assert f'id="memfit.{name}"' in page, f"name memfit.{name} in docs/api.md"
+
+
+def test_the_documentation_asks_no_network(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|link|iframe)[^>]+(?:src|href)=\"(https?:[^\"]+)", page.read_text("utf-8")
+        )
+        assert not loaded, page.name
+
+
+def test_pictures_are_small() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 200_000, picture.name
+
+
+def test_the_names_of_the_options_stay() -> None:
+    found = {words: " ".join(command_line.options(command)) for words, command in command_line.commands()}
+    assert found == FROZEN, "an option is a promise: add new ones to FROZEN, rename none"
+
+
+FROZEN = {
+    "train": (
+        "--out --memory --batch-size --steps --seed --resume --micro-batch-size --plain --hard-cap "
+        "--save-every --device --nproc --json"
+    ),
+    "plan": ("--memory --batch-size --micro-batch-size --seed --device --export --json"),
+    "frontier": ("--batch-size --micro-batch-size --plans --seed --device --json"),
+    "report": ("--profile --out --png --svg --json"),
+}
