@@ -18,6 +18,7 @@ release = version = memfit.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_line"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # it would make a dash of --memory
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -84,7 +84,7 @@ def commands(block: Block) -> list[list[str]]:
         return []
     lines = block.text.replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in found if words and words[0] in _READERS]
+    return [words for words in found if words and words[0] in _READERS and re.match("[a-z.-]", words[1])]
 
 
 def refuse_unknown(words: list[str]) -> None:
