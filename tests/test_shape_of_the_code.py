@@ -32,7 +32,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "train": {*FOUNDATION, "runtime", "workload", "api", ""},
     "integrations": {*FOUNDATION, "runtime", "workload", "api", ""},
     "report": {*FOUNDATION, "runtime", "workload", "api", "train", "report", ""},
-    "cli": {*FOUNDATION, "runtime", "workload", "api", "train", "report", ""},
+    "cli": {*FOUNDATION, "runtime", "workload", "api", "train", "report", "cli", ""},
     "__init__": {"errors", "api"},
     "__main__": {"cli"},
 }

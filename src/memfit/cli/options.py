@@ -1,0 +1,31 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from memfit.core.devices import DEVICES
+
+Target = Annotated[
+    str,
+    typer.Argument(help="package.module:function or file.py:function that returns a memfit.Workload."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="The peak of all tensors on the device, such as 400MiB, 8GiB, or 80% of a GPU."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Rows of the effective batch.", min=1)]
+MicroBatchSize = Annotated[
+    int | None, typer.Option(help="Pins the rows of a micro-batch; otherwise memfit chooses.", min=1)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights, data and dropout.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda, if TARGET takes a device.")]
+PlannedDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help=f"What to plan for: {', '.join(DEVICES)}; or cpu or cuda, if TARGET takes a device."
+    ),
+]
