@@ -25,7 +25,7 @@ import typer
 from torch import nn
 
 import memfit
-from memfit.cli import app
+from memfit.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -242,7 +242,7 @@ def _trainer(folder: Path) -> Names:
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(64, (8, 8))]
     options = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": [], "max_steps": 1}
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=4, **options)  # type: ignore
-    return {"trainer": Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows)}  # type: ignore
+    return {"trainer": Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows)}
 
 
 def _labelled(folder: Path) -> Names:
@@ -296,12 +296,25 @@ AFTER: dict[str, Callable[[Names], None]] = {
 def _one_process() -> Iterator[None]:
     """A process group of this process alone, as under torchrun."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def given(page: str, number: int, folder: Path) -> Names:
+    """What is there before a python block of a page, beside what the page itself made."""
+    make = GIVEN.get(page, {}).get(number)
+    return {} if make is None else make(folder)
+
+
+def check_after(page: str, names: Names) -> None:
+    """What a page must have come to."""
+    if page in AFTER:
+        AFTER[page](names)
 
 
 def surroundings(page: str) -> AbstractContextManager[None]:

@@ -79,7 +79,7 @@ def run_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with
             if block.file is not None:
                 (tmp_path / block.file).write_text(block.text)
             if block.language == "python":
-                names |= pages.GIVEN.get(page, {}).get(number, lambda _: {})(tmp_path)
+                names |= pages.given(page, number, tmp_path)
                 if (page, number) not in pages.RUN_ELSEWHERE:
                     printed, exit_code = run_python(block.text, names), 0
                 number += 1
@@ -90,7 +90,7 @@ def run_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with
             elif block.is_output and printed is not None:
                 assert exit_code == block.code, printed
                 assert pages.alike(block.text, printed, exact=block.is_exact), printed
-        pages.AFTER.get(page, lambda _: None)(names)
+        pages.check_after(page, names)
 
 
 def run_python(code: str, names: dict[str, Any]) -> str:

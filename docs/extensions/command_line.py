@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from memfit.cli import app as command_line
+from memfit.cli.app import app as command_line
 
 MARK = "<!-- commands -->"
 
