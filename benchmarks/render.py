@@ -1,4 +1,4 @@
-"""Writes the table of results into README.md from the newest result files; no figure is typed.
+"""Writes the results into README.md and docs/ from the newest result files; no figure is typed.
 
 python benchmarks/render.py [--check]
 """
@@ -6,24 +6,14 @@ python benchmarks/render.py [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from figures import ROOT, newest
+from pages import filled
+
 Row = tuple[str, str, str]
 _EXACT = 1e-10  # relative error of a gradient in float64
 BEGIN, END = "<!-- results: made by benchmarks/render.py -->", "<!-- end of results -->"
-
-
-def newest(kind: str) -> tuple[Any, str]:
-    """The rows of the newest result file of a kind, and where they come from."""
-    files = sorted((ROOT / "benchmarks" / "results").glob(f"*_cpu_{kind}.json"))
-    if not files:
-        raise SystemExit(f"no result of benchmarks/{kind}.py yet: run make bench")
-    data = json.loads(files[-1].read_text())
-    return data["rows"], f"[{kind}](benchmarks/results/{files[-1].name})"
 
 
 def table() -> str:
@@ -239,18 +229,25 @@ def _overhead() -> list[Row]:
 
 
 def main() -> None:
-    """Rewrites the README, or with ``--check`` says whether it would."""
+    """Rewrites README and pages, or with ``--check`` says which it would."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = path.read_text("utf-8")
+        name = path.relative_to(ROOT)
+        made = _readme(text) if name.name == "README.md" else filled(text, "../" * (len(name.parts) - 1))
+        if options.check and made != text:
+            raise SystemExit(f"{name} does not show the newest results: run python benchmarks/render.py")
+        if made != text:
+            path.write_text(made, "utf-8")
+
+
+def _readme(text: str) -> str:
+    """The README with its table."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if options.check and made != text:
-        raise SystemExit("README.md does not show the newest results: run python benchmarks/render.py")
-    readme.write_text(made)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":

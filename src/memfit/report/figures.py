@@ -314,17 +314,22 @@ def hero(content: Contents) -> Chart:
     if planned is None:
         raise ValueError("a plain run has no timeline to draw: give a run with a plan, or a plan")
     own = planned.choices[planned.chosen]
-    pair = (("plain", planned.plain), ("memfit", own))
-    scale = axes(replace(planned, choices=(own,), chosen=0))
+    return timelines(
+        (("plain", planned.plain), ("memfit", own)), axes(replace(planned, choices=(own,), chosen=0))
+    )
+
+
+def timelines(named: Sequence[tuple[str, Choice]], scale: Axes, *, height: int = 200) -> Chart:
+    """Plans one below the other on the same axes, with a legend; the last one's budget is drawn."""
     pictures = []
-    for name, choice in pair:
+    for name, choice in named:
         tables = {
             "timeline": timeline_rows(choice.outline, scale),
             "phases": phase_rows(choice.outline, scale),
-            "marks": mark_rows(choice, scale, with_budget=choice is own),
+            "marks": mark_rows(choice, scale, with_budget=choice is named[-1][1]),
         }
         title = alt.Title(f"{name}: {_told(choice)}", subtitle=f"peak at {_short(choice.plan.peak_owner)}")
-        pictures.append(timeline(scale, tables, width=760, height=200, title=title))
+        pictures.append(timeline(scale, tables, width=760, height=height, title=title))
     chart = alt.vconcat(*pictures, _key(), spacing=14).resolve_scale(color="independent")
     return chart.configure(**config(LIGHT, is_dark=False))
 
