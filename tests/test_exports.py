@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import pickletools
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from memfit.report.export import KINDS, MOST_MICRO_BATCHES, exported, write_expo
 from memfit.report.reading import BadReport, Source
 from memfit.report.snapshot import PROTOCOL
 from memfit.report.table import COLUMNS, SCHEMA_VERSION
+from memfit.report.trace import trace
 from test_shape_of_the_code import imported_by
 
 Captured = pytest.CaptureFixture[str]
@@ -230,6 +232,18 @@ def test_the_counters_of_a_trace_stack_to_the_total_and_reach_the_peak(content: 
         assert max(total.values()) == plan.predicted_peak_bytes
 
 
+def test_of_moments_at_one_time_the_counters_show_the_highest(profile: Profile) -> None:
+    plan = find_plan(profile, memory="1GiB", micro_batch_size=256)
+    graphs = (
+        replace(g, ops=tuple(replace(op, seconds=0.0, overhead_s=0.0) for op in g.ops))
+        for g in profile.graphs
+    )
+    step = unrolled(replace(profile, graphs=tuple(graphs)), replace(plan, predicted_step_s=0.0))
+    found = trace([("plain", plan, step)], {})["traceEvents"]
+    total = [e["args"]["bytes"] for e in found if e["ph"] == "C" and e["name"] == "total"]
+    assert max(total) == plan.predicted_peak_bytes
+
+
 def test_a_trace_has_a_process_for_each_of_both_steps(content: Contents) -> None:
     found = parsed(content, "trace")
     names = [e["args"]["name"] for e in found["traceEvents"] if e["name"] == "process_name"]
@@ -328,6 +342,20 @@ def test_names_from_outside_stay_text_and_a_number_that_is_none_is_left_out(
     content = replace(reports[256], source=Source(evil, evil, result=result))
     assert parsed(content, "data")["title"] == parsed(content, "trace")["otherData"]["title"] == evil
     assert parsed(content, "data")["measured"] == {"held": True}
+
+
+def test_the_page_on_exports_runs(
+    reports: dict[int, Contents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("step.pickle", "step.trace.json", "step.csv", "step.json")
+    write_exports(reports[256], {kind: Path(name) for kind, name in zip(KINDS, names, strict=True)})
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    assert all(name in page for name in (*names, *COLUMNS[:10], COLUMNS[-1]))
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, {})
+    assert str(plan_of(reports[256]).predicted_peak_bytes) in capsys.readouterr().out
+    assert (tmp_path / "step.html").exists()
 
 
 def test_an_export_needs_no_torch() -> None:

@@ -59,6 +59,8 @@ def check(profile: Profile, plan: Plan) -> None:
         (simulate(profile, plan, first_step=first).peak_bytes for first in (False, True)), default=0
     )
     assert max((level.total() for level in found), default=0) == highest
+    stays = {blocks.PARAMETER, blocks.OPTIMIZER_STATE, blocks.BATCH, blocks.TEMPORARY}
+    assert not found or set(found[-1]) <= stays
     rest = iter([Counter[str](), *found])
     wanted = [by_category(tick.event) for tick in step.ticks]
     assert all(this == last or this in rest for last, this in zip([None, *wanted], wanted, strict=False))
