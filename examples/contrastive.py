@@ -1,7 +1,6 @@
 """Contrastive training in two passes: which of all docstrings of the batch belongs to this name?"""
 
 import ast
-import sysconfig
 import zlib
 from pathlib import Path
 
@@ -23,8 +22,7 @@ def outputs_fn(model, batch):  # a row for each row of the batch: these are ther
 
 
 def loss_fn(outputs, batch):  # compares each row with all others, so micro-batches alone would change it
-    scores = 20 * outputs[0] @ outputs[1].T
-    return nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+    return nn.functional.cross_entropy(20 * outputs[0] @ outputs[1].T, torch.arange(ROWS))
 
 
 def hashed(text):  # counts of its letter triples, in WIDTH bins
@@ -35,7 +33,7 @@ def hashed(text):  # counts of its letter triples, in WIDTH bins
 
 
 def pairs():  # names and docstrings of Python's own functions and classes
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(ast.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
                 yield hashed(f"{file.stem} {node.name}"), hashed(text[:80])
@@ -47,11 +45,10 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     names, texts = (torch.stack(side) for side in zip(*pairs(), strict=True))
     order = torch.randperm(len(names)).split(ROWS)[:-1]
-    batches = [{"name": names[rows], "text": texts[rows]} for rows in order]
-    # Without micro_batch_size memfit chooses, which may be to keep the batch whole and to recompute.
-    options = {"optimizer": optimizer, "outputs_fn": outputs_fn, "micro_batch_size": 512}
+    batches = [{"name": names[rows], "text": texts[rows]} for rows in order] * EPOCHS
+    options = {"optimizer": optimizer, "outputs_fn": outputs_fn, "micro_batch_size": 512}  # else it chooses
     step, losses = memfit.fit(model, loss_fn, batches[0], memory="23MiB", **options), []
-    for batch in batches * EPOCHS:
+    for batch in batches:
         losses.append(step(batch).item())  # the loss of all rows; .grad is its gradient
         optimizer.step()
         optimizer.zero_grad()
