@@ -24,6 +24,7 @@ def run(name: str) -> tuple[Any, ...]:
 def check(step: memfit.Step, said: str) -> None:
     """The budget holds and is less than the plain step takes; the plan and the verdict are printed."""
     plan, verdict = step.plan, step.verdict
+    assert verdict is not None
     assert verdict.held
     plain = memfit.find_plan(step.profile, memory="1TiB", micro_batch_size=plan.micro_batch_size)
     assert plan.predicted_peak_bytes <= plan.budget_bytes < plain.predicted_peak_bytes

@@ -67,7 +67,7 @@ def check(profile: Profile, plan: Plan) -> None:
 
 
 @settings(max_examples=150)
-@given(profiles(tidy=True), st.data())
+@given(profiles(), st.data())
 def test_the_live_blocks_are_the_timeline_category_by_category(profile: Profile, data: st.DataObject) -> None:
     graph = data.draw(st.sampled_from(profile.graphs))
     dropped = data.draw(choices(graph))
