@@ -22,14 +22,30 @@ def report(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Write the timeline as a PNG, too.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the timeline as an SVG, too.")] = None,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(help="Write a memory snapshot for pytorch.org/memory_viz, such as step.pickle."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for ui.perfetto.dev, such as step.trace.json.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the timeline as a table, such as step.csv.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Write the timeline and the plans as JSON, such as step.json.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page that shows a run or a plan; it opens from disk without a network."""
+    from memfit.report.export import write_exports
     from memfit.report.page import write_picture, write_report
 
     page, content = write_report(run_or_plan, profile=profile, out=out)
     written = {"page": str(page)}
+    asked = {"snapshot": snapshot, "trace": trace, "csv": csv, "data": data}
+    exports = {kind: path for kind, path in asked.items() if path is not None}
+    write_exports(content, exports)
+    written |= {kind: str(path) for kind, path in exports.items()}
     for kind, path in (("png", png), ("svg", svg)):
         if path is not None:
             write_picture(content, path, kind)
