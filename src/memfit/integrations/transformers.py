@@ -608,7 +608,8 @@ def _losses(trainer: Trainer) -> list[nn.Module]:
 def _of_model(trainer: Trainer) -> Iterator[_Refusal]:
     """Models that recompute on their own, or are elsewhere than they train."""
     model = _model(trainer)
-    kind, place, target = type(model).__name__, next(model.parameters()).device, trainer.args.device
+    kind, place = type(model).__name__, next(model.parameters()).device
+    target = torch.empty(0, device=trainer.args.device).device  # accelerate says cpu:0 where tensors say cpu
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         cure = "call model.gradient_checkpointing_disable()"
         yield _Refusal(kind, f"it checkpoints already, and memfit chooses what to recompute: {cure}")
