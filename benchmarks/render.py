@@ -26,6 +26,7 @@ def table() -> str:
         _heads(),
         _rescue(),
         _frameworks(),
+        _ranks(),
         _rivals(),
         _large(),
         _gaps(),
@@ -154,6 +155,31 @@ def _frameworks() -> list[Row]:
                 f"{rows[0]['steps']} steps: worst relative difference of losses, of final weights (biases of "
                 "attention keys apart, whose true gradient is zero); budget held",
                 f"{losses:.0e}, {weights:.0e}; {held} of {len(rows)}",
+                run,
+            )
+        )
+    return found
+
+
+def _ranks() -> list[Row]:
+    """Trainings on several processes, against one process with the whole batch."""
+    rows, run = newest("ranks")
+    found = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == engine]
+        counts = " and ".join(str(ranks) for ranks in dict.fromkeys(row["ranks"] for row in own))
+        errors = [
+            max(row["weights_error"] for row in own if row["dtype"].endswith(dtype))
+            for dtype in ("float64", "float32")
+        ]
+        ratios = [row["predicted_over_measured"] for row in own]
+        held = sum(row["never_below"] for row in own)
+        found.append(
+            (
+                f"{engine} on {counts} processes against one with the whole batch, {len(own)} trainings of "
+                f"{own[0]['steps']} steps: worst relative difference of final weights in float64, float32; "
+                "predicted over measured peak of the highest rank: lowest, median, highest; never above",
+                f"{errors[0]:.0e}, {errors[1]:.0e}; {_spread(ratios)}; {held} of {len(own)}",
                 run,
             )
         )

@@ -36,7 +36,7 @@ def process_group(device: str | None) -> Iterator[Ranks]:
     Raises:
         LostRank: In the body, whatever the loss of another process looks like.
     """
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield Ranks()
         return
     on_cuda = device is not None and torch.device(device).type == "cuda"
