@@ -41,8 +41,8 @@ def test_what_may_write_or_is_not_torchs_own_is_watched() -> None:
     class Own(nn.Linear):
         pass
 
-    replaced = nn.Linear(4, 4)
-    replaced.forward = lambda x: x.add_(1)  # type: ignore[method-assign]
+    replaced: Any = nn.Linear(4, 4)
+    replaced.forward = lambda x: x.add_(1)
     watched = (nn.ReLU(inplace=True), nn.Dropout(inplace=True), nn.Embedding(8, 4, max_norm=1.0), Own(4, 4))
     for module in (*watched, replaced, weight_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4), nn.LSTM(4, 4)):
         assert not writes_nothing(module), module
