@@ -235,7 +235,30 @@ def _gaps() -> list[Row]:
 def _overhead() -> list[Row]:
     """Python."""
     rows, run = newest("overhead")
-    return [("Python cost of an op outside the plan", f"{rows['outside the plan']['us_per_op']:.1f} us", run)]
+    ops, step = rows["ops"], rows["step"]
+    grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
+    return [
+        (
+            "Python cost of an op outside the plan, of an op in a dispatch mode that does nothing, of a "
+            "replayed op",
+            ", ".join(
+                f"{ops[name]['us_per_op']:.1f} us"
+                for name in ("outside the plan", "an empty mode", "replayed")
+            ),
+            run,
+        ),
+        (
+            f"CPU time outside of kernels, 12-layer GPT-2: memfit recomputing {step['share_of_forward']:.0%} "
+            "of the forward, every block checkpointed, selective checkpointing",
+            ", ".join(grown),
+            run,
+        ),
+        (
+            "Python objects that this plan holds, of the activations",
+            f"{step['held_bytes'] / step['activation_bytes']:.2%}",
+            run,
+        ),
+    ]
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from types import TracebackType
 from typing import Any
@@ -143,8 +143,10 @@ class Window:
 
     def count_versions_of(self, tensor: Tensor) -> None:
         """From now on :meth:`is_modified` tells of writes to a tensor, without keeping its memory."""
-        self.counter, self.version = tensor.detach(), tensor._version
-        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        is_plain_type = type(tensor) in (Tensor, nn.Parameter)
+        with torch._C._DisableTorchDispatch() if is_plain_type else nullcontext():  # no op of the model
+            self.counter, self.version = tensor.detach(), tensor._version
+            self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def is_modified(self) -> bool:
         """Whether autograd would refuse the saved tensor."""
