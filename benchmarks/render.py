@@ -236,15 +236,13 @@ def _overhead() -> list[Row]:
     """Python."""
     rows, run = newest("overhead")
     ops, step = rows["ops"], rows["step"]
+    of_ops = [f"{ops[n]['us_per_op']:.1f} us" for n in ("outside the plan", "an empty mode", "replayed")]
     grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
     return [
         (
             "Python cost of an op outside the plan, of an op in a dispatch mode that does nothing, of a "
             "replayed op",
-            ", ".join(
-                f"{ops[name]['us_per_op']:.1f} us"
-                for name in ("outside the plan", "an empty mode", "replayed")
-            ),
+            ", ".join(of_ops),
             run,
         ),
         (
