@@ -44,6 +44,7 @@ check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promis
 bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/step_overhead.py --out benchmarks/results/$(TODAY)_cpu_step_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/accumulation.py --out benchmarks/results/$(TODAY)_cpu_accumulation.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json

@@ -9,6 +9,7 @@ import argparse
 import statistics
 
 from figures import ROOT, newest
+
 from pages import filled
 
 Row = tuple[str, str, str]
@@ -250,8 +251,29 @@ def _gaps() -> list[Row]:
 
 def _overhead() -> list[Row]:
     """Python."""
-    rows, run = newest("overhead")
-    return [("Python cost of an op outside the plan", f"{rows['outside the plan']['us_per_op']:.1f} us", run)]
+    ops, run = newest("overhead")
+    step, of_steps = newest("step_overhead")
+    of_ops = [f"{ops[n]['us_per_op']:.1f} us" for n in ("outside the plan", "an empty mode", "replayed")]
+    grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
+    return [
+        (
+            "Python cost of an op outside the plan, of an op in a dispatch mode that does nothing, of a "
+            "replayed op",
+            ", ".join(of_ops),
+            run,
+        ),
+        (
+            f"CPU time outside of kernels, 12-layer GPT-2: memfit recomputing {step['share_of_forward']:.0%} "
+            "of the forward, every block checkpointed, selective checkpointing",
+            ", ".join(grown),
+            of_steps,
+        ),
+        (
+            "Python objects that this plan holds, of the activations",
+            f"{step['held_bytes'] / step['activation_bytes']:.2%}",
+            of_steps,
+        ),
+    ]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +16,6 @@ from rich.text import Text
 from memfit.core.breakdown import Breakdown
 from memfit.core.machine import Finding, Level, Machine, Speeds
 from memfit.report.terminal import PeakBar, facts
-from memfit.report.terminal.tables import Blocks
 from memfit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -30,11 +29,15 @@ _SHOWN = 8  # entries of a list
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
 
 
-class _Bar(Blocks):
-    """A bar as long as a part of the whole, in a column as wide as the whole."""
+class _Bar:
+    """A bar as long as a part of the whole, in a column as wide as the whole; none where there is nothing."""
 
     def __init__(self, part: float, whole: float) -> None:
-        super().__init__(max(1, round(_BAR * part / whole)) if part > 0 < whole else 0)
+        self._cells = max(1, round(_BAR * part / whole)) if part > 0 < whole else 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it; with ASCII where there is nothing else."""
+        yield Text(("#" if options.ascii_only else "█") * self._cells)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """As wide as the longest."""
