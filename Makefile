@@ -71,7 +71,7 @@ trainer: $(STAMP)  ## The Hugging Face Trainer with memfit against the plain one
 lightning: $(STAMP)  ## Lightning with memfit against the plain Trainer: about 3 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/lightning_trainer.py --out benchmarks/results/$(TODAY)_cpu_lightning.json
 
-ranks: $(STAMP)  ## DDP and FSDP2 on 2 and 4 processes against one: about 5 minutes
+ranks: $(STAMP)  ## DDP and FSDP2 on 2 and 4 processes against one: about 4 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/ranks.py --out benchmarks/results/$(TODAY)_cpu_ranks.json
 
 restarts: $(STAMP)  ## A process is killed under torchrun, which starts all of them again
