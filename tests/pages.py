@@ -125,7 +125,10 @@ def _python(words: list[str]) -> None:
 
 
 def _torchrun(words: list[str]) -> None:
-    _memfit(words[words.index("memfit") :])
+    if "memfit" in words:
+        _memfit(words[words.index("memfit") :])
+    else:  # a script of the reader's own
+        assert words[-1].endswith(".py"), words
 
 
 def _make(words: list[str]) -> None:

@@ -280,10 +280,14 @@ def test_the_names_of_the_options_stay() -> None:
 
 FROZEN = {
     "train": (
-        "--out --memory --batch-size --steps --seed --resume --micro-batch-size --plain --hard-cap "
-        "--save-every --device --nproc --json"
+        "--out --memory --batch-size --steps --seed --resume --micro-batch-size "
+        "--plain --hard-cap --save-every --device --nproc --json --quiet -q"
     ),
-    "plan": ("--memory --batch-size --micro-batch-size --seed --device --export --json"),
-    "frontier": ("--batch-size --micro-batch-size --plans --seed --device --json"),
-    "report": ("--profile --out --png --svg --json"),
+    "plan": ("--memory --batch-size --micro-batch-size --seed --device --profile --export --json --quiet -q"),
+    "frontier": "--batch-size --micro-batch-size --plans --seed --device --profile --json --quiet -q",
+    "profile": "--out --batch-size --seed --device --real --json --quiet -q",
+    "audit": "--batch-size --seed --device --json --quiet -q",
+    "report": "--profile --out --png --svg --snapshot --trace --csv --data --json --quiet -q",
+    "compare": "--memory --steps --batch-size --seed --device --hard-cap --json --quiet -q",
+    "doctor": "--json --quiet -q",
 }

@@ -86,25 +86,30 @@ def train(
         with TerminalWatcher(progress(quiet=quiet)) as watcher:
             result = run_training(options, watcher)
     if result.is_first:
-        if as_json:
-            show_json("train", result.as_json())
-        content = _report_of(out, cap_bytes, progress(quiet=quiet))
-        if not as_json and not quiet:
-            pictures = [] if content is None or content.planned is None else run_pictures(content.planned)
-            show(result_table(result), *pictures, "")
-        if not as_json:
-            show(result_verdict(result, target))
+        _tell(result, target, cap_bytes, as_json=as_json, quiet=quiet)
     _end(result)
+
+
+def _tell(result: RunResult, target: str, cap_bytes: int | None, *, as_json: bool, quiet: bool) -> None:
+    """Writes the page of a run and shows what it came to."""
+    if as_json:
+        show_json("train", result.as_json())
+    content = _report_of(result.out, cap_bytes, progress(quiet=quiet))
+    if not as_json and not quiet:
+        pictures = [] if content is None or content.planned is None else run_pictures(content.planned)
+        show(result_table(result), *pictures, "")
+    if not as_json:
+        show(result_verdict(result, target))
 
 
 def _report_of(folder: Path, cap_bytes: int | None, console: Console) -> Contents | None:
     """Writes the page of a run that has ended; a run is not lost because its page cannot be written."""
-    from memfit.report.page import write_report
-
     if cap_bytes is not None:
         from memfit.runtime.meter import lift_hard_cap
 
-        lift_hard_cap()
+        lift_hard_cap()  # first: the libraries that draw may not even load under it
+    from memfit.report.page import write_report
+
     try:
         page, content = write_report(folder)
     except (MemfitError, ValueError, OSError) as error:
