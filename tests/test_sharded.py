@@ -69,9 +69,7 @@ def test_memory_decides_whether_gradients_are_kept_whole_and_what_is_recomputed(
     assert not no_limit.plan.recompute
     assert not middle.once
     assert not least.once
-    assert middle.plan.recompute
-    assert least.plan.recompute
-    assert least.plan.predicted_peak_bytes < middle.plan.predicted_peak_bytes
+    assert 0 < middle.plan.recomputed_bytes < least.plan.recomputed_bytes
 
 
 def test_a_plan_that_crosses_every_module_still_gives_the_gradient(of_two: list[Any]) -> None:
