@@ -39,7 +39,7 @@ from memfit.report.terminal.look import stacked
 from memfit.report.terminal.sparks import columns_of, heights
 from memfit.report.terminal.watcher import Progress
 from memfit.train import StepReport
-from strategies import Piece, build, chains, profiles
+from strategies import Piece, build, chains, flat_update, profiles
 
 FEW = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 MIB = 2**20
@@ -271,12 +271,8 @@ def test_each_block_is_one_cell_as_dark_as_its_share() -> None:
 # ---- candidates --------------------------------------------------------------------------------------------
 
 
-@FEW
-@given(st.one_of(profiles(6, tidy=True), chains(4)), st.floats(0, 1))
-def test_what_was_tried_is_what_planning_each_size_alone_gives(profile: Profile, part: float) -> None:
-    planner = Planner(profile)
-    low, high = planner.lowest().predicted_peak_bytes, planner.best(1 << 50).predicted_peak_bytes
-    budget = int(low + part * max(0, high - low))
+def check_tried(planner: Planner, profile: Profile, budget: int) -> list[str]:
+    """Compares each size that was tried with planning it alone; returns why each was not taken."""
     plan = planner.best(budget)
     found = tried(planner, plan)
     assert [size.micro_batch_size for size in found] == sorted({g.rows for g in profile.graphs}, reverse=True)
@@ -303,6 +299,26 @@ def test_what_was_tried_is_what_planning_each_size_alone_gives(profile: Profile,
                 alone.predicted_step_s,
                 alone.predicted_peak_bytes,
             )
+    return [size.why_not.partition(" alone takes ")[0] for size in found]
+
+
+@FEW
+@given(profiles(6, tidy=True), st.floats(0, 1))
+def test_what_was_tried_is_what_planning_each_size_alone_gives(profile: Profile, part: float) -> None:
+    planner = Planner(profile)
+    low, high = (planner.lowest().predicted_peak_bytes, planner.best(1 << 50).predicted_peak_bytes)
+    check_tried(planner, profile, int(low + part * max(0, high - low)))
+
+
+def test_there_is_an_answer_for_each_way_of_not_being_taken() -> None:
+    """On two profiles in which all of them occur; in one of them the update is the peak of small parts."""
+    seen = Counter[str]()
+    for profile in (SIX, replace(SIX, update=flat_update(14 * MIB))):
+        planner = Planner(profile)
+        low, high = planner.lowest().predicted_peak_bytes, planner.best(1 << 50).predicted_peak_bytes
+        for part in range(13):
+            seen.update(check_tried(planner, profile, low + (high - low) * part // 12))
+    assert set(seen) == {"", "slower", "slower at best", "nothing found fits"}
 
 
 # ---- widths, encodings -------------------------------------------------------------------------------------
