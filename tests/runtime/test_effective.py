@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import TCPStore
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.accumulate import is_nothing
@@ -37,7 +37,7 @@ def test_a_torch_built_without_distributed_runs_one_process(monkeypatch: pytest.
 
 def test_a_restarted_process_reads_nothing_of_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps one store for all restarts: what a first attempt wrote there must not be found later."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     agents = {
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
