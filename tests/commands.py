@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
-from memfit.cli import app, main
+from memfit.cli.app import app, main
 
-DOCUMENTED = frozenset({0, 2, 3, 4, 5, 6, 130})
+DOCUMENTED = frozenset({0, 2, 3, 4, 5, 6, 7, 130})
 _ODD = (
     *(
         "",
@@ -51,7 +51,7 @@ _FIRST = {"--steps": "1", "--memory": "1GiB", "--plans": "2", "--batch-size": "6
 
 def commands() -> dict[str, Any]:
     """The commands by name, as the program knows them."""
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return dict(typer.main.get_command(app).commands)
 
 
 def arguments(draw: random.Random, folder: Path) -> list[str]:

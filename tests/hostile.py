@@ -138,10 +138,12 @@ class Files:
         try:
             getattr(self, f"_{kind}")(draw)
         except (memfit.MemfitError, ValueError) as error:
-            assert len(str(error)) < 2000, "an error of many lines is none"
+            told = str(error)
             self.outcomes[f"{kind} refused"] += 1
         else:
+            told = ""
             self.outcomes[f"{kind} taken"] += 1
+        assert len(told) < 2000, "an error of many lines is none"
 
     def _text(self, text: str, draw: random.Random) -> str:
         """A changed text; most carry their seal anew, as of somebody who knows how it is made."""

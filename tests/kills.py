@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,7 +60,11 @@ def forked(options: TrainOptions, kill_after_s: float | None = None) -> int:
 def half_written(folder: Path) -> list[str]:
     """The files of a run that are there and cannot be read whole."""
     found = []
-    readers = {"run.json": json.loads, "plan.json": Plan.from_json, "profile.json": Profile.from_json}
+    readers: dict[str, Callable[[str], object]] = {
+        "run.json": json.loads,
+        "plan.json": Plan.from_json,
+        "profile.json": Profile.from_json,
+    }
     for name, reader in readers.items():
         with contextlib.suppress(FileNotFoundError):
             try:

@@ -30,6 +30,8 @@ from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
 
 _UPDATE = "optimizer.step"
+# What `memfit plan --json` adds to a plan.
+_OF_THE_COMMAND = frozenset({"schema", "schema_version", "advice", "export", "candidates"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class Plan:
         """
         noun = "a memfit plan"
         data = of_format(decode(text, noun), FORMAT, noun)
-        own = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
+        own = {name: value for name, value in data.items() if name not in _OF_THE_COMMAND}
         if not {"recompute", "levels"} <= own.keys():
             raise ValueError(f"this is not {noun}: it does not say what is recomputed")
         return read(Plan, own, noun, check_plan)
@@ -165,8 +167,7 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
     for any other, a linear program a candidate size and a mixed integer program for the winners.
     """
     budget_bytes = parse_memory(memory)
-    planner = Planner(profile, micro_batch_size)
-    return planner.fastest(budget_bytes) or planner.least(budget_bytes)
+    return Planner(profile, micro_batch_size).best(budget_bytes)
 
 
 class Planner:
@@ -183,6 +184,10 @@ class Planner:
         self._candidates = sorted(found, key=lambda c: (c.step_s(0.0), c.steps))
         self._lowest: Plan | None = None
 
+    def best(self, budget_bytes: int) -> Plan:
+        """The fastest plan within a budget, or the one of least peak if that fits; see :func:`find_plan`."""
+        return self.fastest(budget_bytes) or self.least(budget_bytes)
+
     def fastest(self, budget_bytes: int) -> Plan | None:
         """The fastest plan within a budget, None if none was found."""
         best: Plan | None = None
@@ -190,6 +195,16 @@ class Planner:
             if candidate.floor.total_bytes <= budget_bytes:
                 best = _faster(best, candidate, budget_bytes)
         return best
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The micro-batch sizes it weighs, that of the fastest step without recomputation first."""
+        return tuple(self._candidates)
+
+    def of_size(self, rows: int, budget_bytes: int) -> Plan | None:
+        """The fastest plan of one micro-batch size within a budget, None if none was found."""
+        (candidate,) = (c for c in self._candidates if c.graph.rows == rows)
+        return _faster(None, candidate, budget_bytes)
 
     def lowest(self) -> Plan:
         """The plan of least peak. See Note [Search] 4."""

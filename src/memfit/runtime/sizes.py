@@ -233,11 +233,16 @@ def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None
 
 
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
-    """Records really at two numbers of rows and carries the bytes over to every size."""
+    """Records really at two numbers of rows and carries the bytes over to every size.
+
+    One row is a size of its own, so it is recorded too where it is wanted: other ops may run there, and then
+    nothing says which bytes grow with the rows.
+    """
     place = next(job.model.parameters()).device
     few = min(_FEW_ROWS, rows)
     recorded: dict[tuple[int, bool], Recording] = {}
-    for size in {max(1, few // 2), few}:
+    sizes = [balanced_parts(rows, count)[0] for count in counts]
+    for size in {max(1, few // 2), few} | ({1} & {*sizes}):
         part = first_rows(job.batch, rows, size)
         for resident in {count > 1 for count in counts}:
             prepare_gradients(job.model, resident=resident)
@@ -245,11 +250,11 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
             recorded[size, resident] = record_part(job, part, size, 1, probe, resident=resident)
     prepare_gradients(job.model, resident=False)
     found = []
-    for count in counts:
+    for count, rows_of_part in zip(counts, sizes, strict=True):
         small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
-        graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
-        found.append(large._replace(graph=graph))
-        if graph.coupled and count == 1:
+        own = recorded.get((rows_of_part, count > 1))
+        found.append(own or large._replace(graph=scaled(small.graph, large.graph, rows_of_part)))
+        if found[-1].graph.coupled and count == 1:
             break
     return found
 

@@ -212,8 +212,8 @@ def load_checkpoint(
         raise
     except _NOT_FITTING as error:
         raise BadCheckpoint(
-            f"{checkpoint} does not fit this model and optimizer: {short(error)}. Resume with the TARGET and the "
-            f"options the run was started with, or start anew in another --out."
+            f"{checkpoint} does not fit this model and optimizer: {short(error)}. Resume with the TARGET and "
+            f"the options the run was started with, or start anew in another --out."
         ) from error
     return position, state
 
