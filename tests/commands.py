@@ -51,7 +51,8 @@ _FIRST = {"--steps": "1", "--memory": "1GiB", "--plans": "2", "--batch-size": "6
 
 def commands() -> dict[str, Any]:
     """The commands by name, as the program knows them."""
-    return dict(typer.main.get_command(app).commands)
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
 
 
 def arguments(draw: random.Random, folder: Path) -> list[str]:

@@ -442,7 +442,9 @@ def _remove_others(folder: Path, step: int) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Removes a checkpoint; what a kill leaves of it must not have the name of a whole one."""
-    if checkpoint.suffix != ".tmp" and checkpoint.exists():
+    if not checkpoint.exists():
+        return
+    if checkpoint.suffix != ".tmp":
         doomed = checkpoint.with_name(f"{checkpoint.name}.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         try:
