@@ -164,7 +164,7 @@ def _row(make: Callable[[list[Any]], Any], parts: Sequence[_Part]) -> Reader:
             return [data.get(part.name, _MISSING) for part in parts]
         values = list(data) if isinstance(data, (list, tuple)) else [data] if len(parts) == 1 else None
         if values is None or len(values) > len(parts):
-            raise ValueError(f"{_told(data)} is no record of {', '.join(names)}")
+            raise ValueError(f"{told(data)} is no record of {', '.join(names)}")
         return values + [_MISSING] * (len(parts) - len(values))
 
     def read_row(data: object) -> Any:
@@ -190,7 +190,7 @@ def _many(kind: Any) -> Reader:
     def read_many(data: object) -> tuple[Any, ...]:
         reader = _reader(kind)
         if not isinstance(data, (list, tuple)):
-            raise ValueError(f"{_told(data)} is no list")
+            raise ValueError(f"{told(data)} is no list")
         found: list[Any] = []
         try:
             found.extend(map(reader, data))
@@ -203,7 +203,7 @@ def _many(kind: Any) -> Reader:
 
 def _whole(data: object) -> int:
     if type(data) is not int or not -_BEYOND < data < _BEYOND:
-        raise ValueError(f"{_told(data)} is no whole number below 2**63")
+        raise ValueError(f"{told(data)} is no whole number below 2**63")
     return data
 
 
@@ -211,7 +211,7 @@ def _finite(data: object) -> float:
     if type(data) is int:
         return float(_whole(data))
     if type(data) is not float or not math.isfinite(data):
-        raise ValueError(f"{_told(data)} is no finite number")
+        raise ValueError(f"{told(data)} is no finite number")
     return data
 
 
@@ -221,29 +221,29 @@ def _any_float(data: object) -> float:
 
 def _text(data: object) -> str:
     if not isinstance(data, str):
-        raise ValueError(f"{_told(data)} is no text")
+        raise ValueError(f"{told(data)} is no text")
     data.encode()  # a lone surrogate is a ValueError, too
     return data
 
 
 def _truth(data: object) -> bool:
     if not isinstance(data, bool):
-        raise ValueError(f"{_told(data)} is neither true nor false")
+        raise ValueError(f"{told(data)} is neither true nor false")
     return data
 
 
 def _nothing(data: object) -> None:
     if data is not None:
-        raise ValueError(f"{_told(data)} is not null")
+        raise ValueError(f"{told(data)} is not null")
 
 
 def _named(kind: type[Enum], data: object) -> Enum:
     if not isinstance(data, str) or data not in kind.__members__:
-        raise ValueError(f"{_told(data)} is none of {', '.join(kind.__members__)}")
+        raise ValueError(f"{told(data)} is none of {', '.join(kind.__members__)}")
     return kind[data]
 
 
-def _told(data: object) -> str:
+def told(data: object) -> str:
     """A value of a file in a few words; a number may have thousands of digits."""
     if isinstance(data, int) and not isinstance(data, bool) and abs(data) >= _BEYOND:
         return "a number that large"

@@ -128,9 +128,10 @@ class LossLog:
 
     def add(self, step: int, loss: float, seconds: float) -> None:
         """Appends a line. JSON keeps every bit of a float in Python."""
-        line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n"
+        line = (json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n").encode()
         try:
-            self._file.write(line.encode())
+            while line:  # where room ends within a line, the system writes a part and says nothing
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(
                 error.errno,

@@ -38,7 +38,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from memfit.core.stored import decode, is_intact, read, sealed, short
+from memfit.core.stored import decode, is_intact, read, sealed, short, told
 
 FORMAT = "memfit-checkpoint"
 VERSION = 1
@@ -373,7 +373,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
     if content.get("version") != VERSION:
         raise BadCheckpoint(
-            f"{path} has version {content.get('version')} and this memfit reads version {VERSION}. "
+            f"{path} has version {told(content.get('version'))} and this memfit reads version {VERSION}. "
             f"Resume with the memfit that wrote it."
         )
     wanted = {"position", "model", "optimizer", "random", "checksums"}

@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,8 @@ class Step:
         the parameter's type once. To get the float32 sums themselves, for an optimizer that takes them, set
         ``parameter.grad_dtype = torch.float32`` before ``fit``.
 
+        An error, also of the loss or a hook, leaves gradients, buffers and random numbers as they were.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
             UnsupportedModel: A hook would see each micro-batch.
@@ -215,8 +217,10 @@ class Step:
                 assert before is not None
                 return self._run_verified(batch, before)
             return self._run_timed(batch) if way.is_timed else self._run(batch)
-        except Exception as error:
-            if self._engine.is_broken or not self._engine.may_wait or not is_out_of_memory(error):
+        except BaseException as error:
+            if not self._can_rescue(error):
+                if before is not None and self._is_alone_in_error:
+                    before.restore()  # whatever went wrong, such as in the user's own loss or hooks
                 raise
             out_of_memory = error
         finally:
@@ -225,6 +229,15 @@ class Step:
             return self._rescue(batch, before, out_of_memory)
         finally:
             del out_of_memory
+
+    @property
+    def _is_alone_in_error(self) -> bool:
+        """Whether no other rank waits in the middle of the step for what this one cannot give."""
+        return self._engine.may_wait and not self._engine.is_broken
+
+    def _can_rescue(self, error: BaseException) -> TypeGuard[Exception]:
+        """Whether an error says that memory has run out, and the step can be run again."""
+        return self._is_alone_in_error and isinstance(error, Exception) and is_out_of_memory(error)
 
     def _way(self, batch: Any) -> Way:
         """How a batch is to be run, as far as this rank knows."""
