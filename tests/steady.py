@@ -68,13 +68,12 @@ def levels(job: Job, steps: int, every: int, memory: int) -> list[Level]:
     return found
 
 
-def least_peak(job: Job) -> int:
-    """The smallest budget of a job: most of it is recomputed."""
+def least_peak(profile: memfit.Profile, micro_batch_size: int) -> int:
+    """The smallest budget: most is recomputed."""
     try:
-        memfit.find_plan(job.profile, memory=1, micro_batch_size=job.micro_batch_size)
+        return memfit.find_plan(profile, memory=1, micro_batch_size=micro_batch_size).predicted_peak_bytes
     except memfit.InfeasibleBudget as refused:
         return refused.needed_bytes
-    raise AssertionError("one byte is no budget")
 
 
 # ---- two threads ----------------------------------------------------------------------------------------
@@ -86,8 +85,8 @@ def _net(width: int) -> nn.Sequential:
     )
 
 
-def _alone(width: int, steps: int) -> tuple[list[str], dict[str, Tensor]]:
-    """Losses and weights of a training that draws no random numbers; one of two thirds is recomputed."""
+def _fitted(width: int) -> Training[memfit.Step]:
+    """A training that draws no random numbers, under the least memory possible."""
     generator = torch.Generator().manual_seed(width)
     model = _net(width)
     with torch.no_grad():
@@ -95,52 +94,44 @@ def _alone(width: int, steps: int) -> tuple[list[str], dict[str, Tensor]]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     profile = memfit.profile(model, loss_of, batch_at(0), optimizer=optimizer, micro_batch_size=48)
-    try:
-        memfit.find_plan(profile, memory=1, micro_batch_size=48)
-        needed_bytes = 1
-    except memfit.InfeasibleBudget as refused:
-        needed_bytes = refused.needed_bytes
+    memory = least_peak(profile, 48)
     step = memfit.fit(
-        model,
-        loss_of,
-        batch_at(0),
-        memory=needed_bytes,
-        optimizer=optimizer,
-        micro_batch_size=48,
-        profile=profile,
+        model, loss_of, batch_at(0), memory=memory, optimizer=optimizer, micro_batch_size=48, profile=profile
     )
-    training = Training(model, optimizer, step)
-    for number in range(steps):
-        training.run(number)
-    return training.losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return Training(model, optimizer, step)
 
 
 def in_threads(pairs: int, steps: int) -> list[str]:
     """Pairs of models trained in two threads, each against itself alone; what differs, and every error."""
     wrong = list[str]()
+
+    def run(training: Training[memfit.Step], errors: list[str]) -> None:
+        try:
+            for number in range(steps):
+                training.run(number)
+        except BaseException as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
     for pair in range(pairs):
-        widths = (24 + 8 * (pair % 3), 40 + 8 * (pair % 2))
-        found: dict[int, Any] = {}
-
-        def run(width: int, into: dict[int, Any]) -> None:
-            try:
-                into[width] = _alone(width, steps)
-            except BaseException as error:
-                into[width] = error
-
-        threads = [threading.Thread(target=run, args=(width, found)) for width in widths]
+        widths = (24 + 8 * (pair % 3), 64 + 8 * (pair % 2))
+        both = [_fitted(width) for width in widths]
+        threads = [threading.Thread(target=run, args=(training, wrong)) for training in both]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for width in widths:
-            losses, weights = _alone(width, steps)
-            got = found[width]
-            if isinstance(got, BaseException):
-                wrong.append(f"pair {pair}, width {width}: {type(got).__name__}: {got}")
-            elif got[0] != losses or differing(got[1], weights):
-                wrong.append(f"pair {pair}, width {width}: losses or weights differ from the one alone")
+        for width, training in zip(widths, both, strict=True):
+            alone = _fitted(width)
+            run(alone, wrong)
+            if training.losses != alone.losses:
+                wrong.append(f"pair {pair}, width {width}: the losses are not those of the one alone")
+            if differing(_weights(training), _weights(alone)):
+                wrong.append(f"pair {pair}, width {width}: the weights are not those of the one alone")
     return wrong
+
+
+def _weights(training: Training[Any]) -> dict[str, Tensor]:
+    return dict(training.model.state_dict())
 
 
 # ---- errors of the user's own ---------------------------------------------------------------------------
@@ -163,7 +154,8 @@ def _strike(model: Any, place: str, draw: random.Random) -> Callable[[], None]:
             raise draw.choice((Mine, KeyboardInterrupt, ZeroDivisionError, RuntimeError))("of the user's own")
 
     layer: Any = draw.choice([module for module in model.modules() if isinstance(module, nn.Linear)])
-    return _hook(layer, place, fail, left)
+    remove: Callable[[], None] = _hook(layer, place, fail, left)
+    return remove
 
 
 def _hook(layer: Any, place: str, fail: Callable[..., None], left: list[int]) -> Any:

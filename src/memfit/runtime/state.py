@@ -219,13 +219,21 @@ def load_checkpoint(
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``: a reader, and a kill, finds the old text or the new, never a part."""
+    """Writes ``text`` to ``path``: a reader, and a kill, finds the old text or the new, never a part.
+
+    Raises:
+        OSError: It cannot be written; it names the file.
+    """
     partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _sync_folder(path.parent)
 
 
