@@ -97,14 +97,15 @@ def _usual(parameter: Any, draw: random.Random, places: list[str]) -> str:
     return "jobs:tiny" if parameter.param_type_name == "argument" else draw.choice(("1", "2", "cpu"))
 
 
-def problem(given: list[str]) -> str | None:
-    """What is wrong with how a command line ends; None if nothing is."""
+def problem(given: list[str]) -> tuple[int | None, str | None]:
+    """The exit code of a command line, and what is wrong with how it ends; None if nothing is."""
     said = io.StringIO()
+    told = [text[:60] for text in given]
     try:
         with redirect_stdout(said), redirect_stderr(said):
             code = main(given)
     except BaseException as error:
-        return f"{type(error).__name__}: {error} for {[text[:60] for text in given]}"
+        return None, f"{type(error).__name__}: {error!s:.300} for {told}"
     if "Traceback" in said.getvalue():
-        return f"a traceback for {given}"
-    return None if code in DOCUMENTED else f"exit code {code} for {given}"
+        return code, f"a traceback for {told}"
+    return code, None if code in DOCUMENTED else f"exit code {code} for {told}"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 import memfit
 from memfit.core.stored import sealed
 from memfit.report.contents import contents
+from memfit.report.export import KINDS as EXPORTS
+from memfit.report.export import exported
 from memfit.report.page import page
-from memfit.report.reading import read_source
+from memfit.report.reading import Source, read_source
 from memfit.runtime.folder import check_resumable, cut_losses, read_plan, read_profile
 from memfit.runtime.state import latest_checkpoint, load_checkpoint
 from memfit.train import TrainOptions, _Silent, train
@@ -31,7 +35,18 @@ SCRIPT = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028"
 JUNK: tuple[Any, ...] = (
     *(0, -1, 1, 2, 7, 2**31, 2**53, 2**62, 2**63, 10**18, 10**400, -(10**400)),
     *(0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
-    *("", "x" * 10_000, SCRIPT, "../../../outside", "/etc/passwd", "\ud800", "\x00", "1e5", "__class__"),
+    *(
+        "",
+        "x" * 10_000,
+        SCRIPT,
+        "../../../outside",
+        "/etc/passwd",
+        "\ud800",
+        "\x00",
+        "\x1b[2J",
+        "1e5",
+        "__class__",
+    ),
     *(
         None,
         True,
@@ -48,6 +63,26 @@ JUNK: tuple[Any, ...] = (
 )
 BYTES = (b"", b"\xff\xfe", b"\x80", b"{", b"[1", b'{"format": 3}', DEEP.encode(), b"1" * 100_000, b"null")
 KINDS = ("plan", "profile", "run", "checkpoint")
+# What an audit hook hears of what no reader may do.
+_RUNS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "pickle.find_class",
+)
+_CHANGES = (
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.rmtree",
+)
 
 
 def net() -> nn.Sequential:
@@ -116,6 +151,39 @@ def spoiled(text: str, draw: random.Random) -> bytes:
     return draw.choice(BYTES)
 
 
+class Watch:
+    """Hears from the interpreter what is run, unpickled or changed outside of a folder, while it is on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.is_on = str(folder.resolve()), False
+        self.heard: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.is_on:
+            return
+        if event in _RUNS:
+            self.heard.append(f"{event} {args!r:.100}")
+        elif event in _CHANGES or (event == "open" and _writes(args)):
+            path = os.path.realpath(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes, Path)) else ""
+            if not path.startswith(self.folder):
+                self.heard.append(f"{event} {path}")
+
+    def __enter__(self) -> Watch:
+        self.is_on = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.is_on = False
+
+
+def _writes(args: tuple[Any, ...]) -> bool:
+    """Whether an "open" is not only for reading."""
+    _, mode, flags = args
+    is_new = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return is_new or (isinstance(mode, str) and any(sign in mode for sign in "wax+"))
+
+
 class Files:
     """Valid files of every kind, in a folder, and one hostile case after the other."""
 
@@ -178,7 +246,7 @@ class Files:
                 check_resumable(self.run, self.options)
             source = read_source(self.run)
             if draw.random() < 0.02:  # a page takes a while
-                assert_harmless(page(contents(source, plans=2)))
+                self._shown(source)
 
     def _checkpoint(self, draw: random.Random) -> None:
         place = latest_checkpoint(self.run)
@@ -195,6 +263,30 @@ class Files:
 
             made = jobs.tiny()
             load_checkpoint(found, made.model, made.optimizer)
+
+    def names(self, seed: int) -> None:
+        """A run whose modules have the names of an attack: its page and its exports must be harmless."""
+        draw = random.Random(seed)
+        bad = draw.choice(BAD_NAMES)
+        plan, profile = (json.loads((self.run / name).read_text()) for name in ("plan.json", "profile.json"))
+        modules = {op[0][0] for graph in profile["graphs"] for op in graph["ops"]} - {""}
+        assert modules
+        told = {name: f"{bad}{name}" for name in modules}
+        title = json.loads((self.run / "run.json").read_text())
+        title["options"]["target"] = bad
+        with (
+            _replaced(self.run / "plan.json", json.dumps(_renamed(plan, told)).encode()),
+            _replaced(self.run / "profile.json", sealed(_renamed(profile, told)).encode()),
+            _replaced(self.run / "run.json", json.dumps(title).encode()),
+        ):
+            self._shown(read_source(self.run))
+
+    def _shown(self, source: Source) -> None:
+        """The page and every export of a source."""
+        content = contents(source, plans=2)
+        assert_harmless(page(content))
+        for kind in EXPORTS if content.planned is not None else ():
+            exported(content, kind)
 
     def _spoil(self, path: Path, draw: random.Random) -> bytes:
         """The changed content of a file, JSON or not."""
@@ -228,10 +320,34 @@ class _replaced:
         self.path.write_bytes(self.before)
 
 
+BAD_NAMES = (
+    SCRIPT,
+    "';alert(1);//",
+    '"><svg onload=alert(1)>',
+    "{{7*7}}${7*7}<%= 7 %>",
+    "../../../etc/passwd",
+    "=cmd|' /C calc'!A0,",
+    "\u202e\u200b<!--",
+    "]]></data><!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>",
+)
+
+
+def _renamed(data: Any, told: dict[str, str]) -> Any:
+    """JSON data with some texts replaced."""
+    if isinstance(data, dict):
+        return {name: _renamed(value, told) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_renamed(value, told) for value in data]
+    return told.get(data, data) if isinstance(data, str) else data
+
+
 def assert_harmless(text: str) -> None:
     """No script, image or line separator of a file's may stand in a page."""
     assert "<script>alert" not in text
     assert "<img src=x" not in text
+    assert "<svg onload" not in text
+    assert "<!ENTITY" not in text
+    assert "<!--" not in text.partition('id="data">')[2].partition("</script>")[0]
     assert "\u2028" not in text.partition('id="data">')[2].partition("</script>")[0]
 
 

@@ -158,7 +158,7 @@ class Squeeze(Outage):
             lift_hard_cap()
 
 
-_SQUEEZED_OPS = 4
+_SQUEEZED_OPS = 12
 
 
 def map_each_tensor() -> None:

@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,11 @@ def _same_gradients(ours: list[Tensor | None], others: list[Tensor | None]) -> b
     )
 
 
-def broken(job: Job, seed: int, steps: int, expected: Training[Any]) -> list[str]:
-    """A training in which each step fails once in the user's own code, and is then done as if it had not."""
+def broken(job: Job, seed: int, steps: int, expected: Training[Any], seen: Counter[str]) -> list[str]:
+    """A training in which each step fails once in the user's own code, and is then done as if it had not.
+
+    ``seen`` counts where errors were raised.
+    """
     draw, wrong = random.Random(seed), list[str]()
     failing = [False]
 
@@ -196,6 +200,7 @@ def broken(job: Job, seed: int, steps: int, expected: Training[Any]) -> list[str
         before, gradients = training.state(), _gradients(training.model)
         place = draw.choice(PLACES)
         raised = _fails(training, place, number, draw, failing)
+        seen[place] += raised
         wrong += [
             f"step {number}, {place}: {name} changed" for name in differing(training.state(), before)
         ] * raised

@@ -2,7 +2,7 @@
 
 Note [What a file may hold]
  1. A field is what its annotation says, and nothing else: ``int`` (no bool, below 2**63), ``float`` (finite),
-    ``str`` (without lone surrogates), ``bool``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``, an ``Enum``
+    ``str`` (without lone surrogates and control characters), ``bool``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``, an ``Enum``
     by its name, or another dataclass or NamedTuple.
  2. A record is an object by names or an array by positions; one of a single field may stand for itself. What
     is missing has its default, or is an error. What is too much is an error.
@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache
@@ -30,6 +31,7 @@ SEAL = "seal"
 FloatOrNan = Annotated[float, "null where it is not a number"]
 _BEYOND = 1 << 63
 _MISSING = dataclasses.MISSING
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def decode(text: str, noun: str) -> dict[str, Any]:
@@ -223,6 +225,8 @@ def _text(data: object) -> str:
     if not isinstance(data, str):
         raise ValueError(f"{told(data)} is no text")
     data.encode()  # a lone surrogate is a ValueError, too
+    if _CONTROL.search(data):
+        raise ValueError(f"{told(data)} has characters that steer a terminal")
     return data
 
 

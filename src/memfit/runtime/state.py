@@ -43,7 +43,7 @@ from memfit.core.stored import decode, is_intact, read, sealed, short, told
 FORMAT = "memfit-checkpoint"
 VERSION = 1
 KEEP = 2  # checkpoints that stay
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _CHUNK_BYTES = 1 << 20
 # A full disk, a full quota, a file size limit.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
