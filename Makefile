@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench docs families heads lightning ranks restarts rescue matrix trainer tutorial clean
+.PHONY: help .venv demo test check check-cuda bench docs families faults heads lightning ranks restarts rescue matrix trainer tutorial clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ families: $(STAMP)  ## Whole steps of many transformers families: predicted agai
 
 rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compared with undisturbed ones
 	OMP_NUM_THREADS=1 $(PY) benchmarks/rescue.py --out benchmarks/results/$(TODAY)_cpu_rescue.json
+
+faults: $(STAMP)  ## Kills, full disks, lost memory, hostile files, long trainings: about 25 minutes
+	OMP_NUM_THREADS=1 $(PY) benchmarks/faults.py --out benchmarks/results/$(TODAY)_cpu_faults.json
 
 heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: about 15 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/heads.py --out benchmarks/results/$(TODAY)_cpu_heads.json

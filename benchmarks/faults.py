@@ -1,4 +1,4 @@
-"""Kills, full disks, lost memory, hostile files, long trainings, errors and odd command lines; see docs/faults.md.
+"""Kills, full disks, lost memory, hostile files, long trainings, errors, odd command lines: docs/faults.md.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py [--only PART ...] [--share 1.0] [--out FILE]
 
@@ -70,13 +70,13 @@ def full_disks(share: float) -> Iterator[Row]:
         warm(disks.train_in(folder / "warm"))
         with disks.small_disk(folder) as disk:
             if disk is not None:
-                found = disks.full(disk, _part(40, share), seed=1)
+                found = disks.full(disk, _part(30, share), seed=1)
                 yield _row("full disk", found.trials, found.stopped, found.wrong)
-        found = disks.limited(folder, _part(20, share), seed=1)
+        found = disks.limited(folder, _part(15, share), seed=1)
         yield _row("no file may grow further", found.trials, found.stopped, found.wrong)
         closed = folder / "closed"
         closed.mkdir()
-        found = disks.read_only(closed, _part(20, share), seed=1)
+        found = disks.read_only(closed, _part(15, share), seed=1)
         yield _row("read-only folder", found.trials, found.stopped, found.wrong)
 
 
@@ -106,10 +106,10 @@ def _squeezed(wanted: int) -> Row:
         job = Job.named(name, rows)
         expected, ops = undisturbed(job, 6)
         for seed in range(20 * wanted):
-            training, struck = squeezed(job, 6, ops, random.Random(seed))
+            training, seen = squeezed(job, 6, ops, random.Random(seed))
             failures[f"{name}: trainings"] += 1
             failures[f"{name}: failed allocations"] += len(training.step.rescues)
-            failures["seen in forward or backward"] += struck
+            failures["seen in forward or backward"] += seen
             if training.losses != expected.losses:
                 wrong.append(f"{name}, training {seed}: losses")
             wrong += [
@@ -118,11 +118,11 @@ def _squeezed(wanted: int) -> Row:
             if failures[f"{name}: failed allocations"] >= wanted // 2:
                 break
     cases = sum(failures[f"{name}: failed allocations"] for name in ("whole", "in parts"))
-    return _row("out of memory, the hard cap moved down at a random op", cases, failures, wrong)
+    return _row("out of memory, hard cap moved at a random op", cases, failures, wrong)
 
 
 def files(share: float) -> Iterator[Row]:
-    """Hostile plans, profiles, runs and checkpoints, from Hypothesis; then attacks in the names of modules."""
+    """Hostile plans, profiles, runs and checkpoints by Hypothesis; then attacks in the names of modules."""
     import hypothesis.strategies as st
     from hypothesis import HealthCheck, Phase, given, settings
 
@@ -226,11 +226,11 @@ def users(share: float) -> Iterator[Row]:
 
 def command_lines(share: float) -> Iterator[Row]:
     """Generated arguments of every command."""
-    from commands import arguments, problem
+    from commands import arguments, prepare, problem
 
     codes, wrong = Counter[str](), list[str]()
     with _folder() as folder:
-        (folder / "file").write_text("no run, no plan")
+        prepare(folder)
         cases = _part(500, share)
         for seed in range(cases):
             code, what = problem(arguments(random.Random(seed), folder))

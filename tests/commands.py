@@ -45,8 +45,10 @@ _ODD = (
     *("jobs:tiny", "jobs:raises", "jobs:returns_a_number", "no.such:thing", "jobs", ":", "jobs:tiny:tiny"),
 )
 _NEVER = {"--nproc", "--install-completion", "--show-completion"}  # starts processes; changes the shell
+_SELDOM = {"doctor": 1, "compare": 1}  # they take seconds; doctor has four command lines in all
 # Whatever else is drawn: nothing long, no other process, no other target than a tiny one.
 _FIRST = {"--steps": "1", "--memory": "1GiB", "--plans": "2", "--batch-size": "6"}
+_WORDS = {"--device": "cpu", "--export": "transformers", "--hard-cap": "2GiB"}
 
 
 def commands() -> dict[str, Any]:
@@ -55,26 +57,35 @@ def commands() -> dict[str, Any]:
     return dict(group.commands)
 
 
+def prepare(folder: Path) -> None:
+    """What command lines may name: a run with its plan and profile, and a file that is neither."""
+    (folder / "file").write_text("no run, no plan")
+    words = ["--memory", "1GiB", "--out", str(folder / "good"), "--steps", "2", "--micro-batch-size", "3"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert main(["train", "jobs:tiny", *words]) == 0
+
+
 def arguments(draw: random.Random, folder: Path) -> list[str]:
     """One command line."""
     known = commands()
-    name = draw.choice(sorted(known))
+    name = draw.choices(sorted(known), [_SELDOM.get(name, 4) for name in sorted(known)])[0]
     places = [
         str(folder),
         str(folder / "new" / str(draw.randrange(10**9))),
         str(folder / "file"),
-        "jobs:tiny",
+        str(folder / "good"),
     ]
     given: list[str] = []
     for parameter in known[name].params:
         is_argument = parameter.param_type_name == "argument"
         if not is_argument and set(parameter.opts) & _NEVER:
             continue
-        if not is_argument and draw.random() < 0.5 and not parameter.required:
+        always = parameter.required or (parameter.opts[0] == "--memory" and draw.random() < 0.9)
+        if not is_argument and not always and draw.random() < 0.7:
             if parameter.opts[0] == "--steps":
                 given += ["--steps", "1"]
             continue
-        value = draw.choice([*_ODD, *places]) if draw.random() < 0.4 else _usual(parameter, draw, places)
+        value = draw.choice([*_ODD, *places]) if draw.random() < 0.12 else _usual(parameter, draw, places)
         if is_argument:
             given.insert(0, value if draw.random() < 0.9 else f"--{value}")
             continue
@@ -92,9 +103,12 @@ def _usual(parameter: Any, draw: random.Random, places: list[str]) -> str:
     option = parameter.opts[0]
     if option in _FIRST:
         return _FIRST[option]
-    if option in ("--out", "--png", "--svg", "--profile") or parameter.name == "run_or_plan":
-        return draw.choice(places[:3])
-    return "jobs:tiny" if parameter.param_type_name == "argument" else draw.choice(("1", "2", "cpu"))
+    if parameter.name == "run_or_plan" or option == "--profile":
+        good = places[3] if parameter.name == "run_or_plan" else f"{places[3]}/profile.json"
+        return draw.choice((good, good, *places[:3]))
+    if option in ("--out", "--png", "--svg", "--csv", "--data", "--trace", "--snapshot"):
+        return draw.choice((places[1], places[1], places[0], places[2]))
+    return "jobs:tiny" if parameter.param_type_name == "argument" else _WORDS.get(option, draw.choice("123"))
 
 
 def problem(given: list[str]) -> tuple[int | None, str | None]:

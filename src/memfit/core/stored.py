@@ -2,8 +2,8 @@
 
 Note [What a file may hold]
  1. A field is what its annotation says, and nothing else: ``int`` (no bool, below 2**63), ``float`` (finite),
-    ``str`` (without lone surrogates and control characters), ``bool``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``, an ``Enum``
-    by its name, or another dataclass or NamedTuple.
+    ``str`` (without lone surrogates and control characters), ``bool``, ``X | None``, ``tuple[X, ...]``,
+    ``tuple[X, Y]``, an ``Enum`` by its name, or another dataclass or NamedTuple.
  2. A record is an object by names or an array by positions; one of a single field may stand for itself. What
     is missing has its default, or is an error. What is too much is an error.
  3. Nesting that Python cannot follow, numbers of thousands of digits, invalid UTF-8 and NaN are errors.
