@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import random
 import resource
 import shutil
@@ -41,9 +40,8 @@ _LARGE_BYTES = 1 << 29  # that reading all of them may take
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder that everybody may read."""
+    """A folder for a part."""
     with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
         yield Path(name)
 
 

@@ -71,9 +71,6 @@ print(json.dumps([tally.kills, tally.wrong, shut.trials, shut.wrong]))
 
 
 def test_killed_trainings_resume_to_the_bit_and_closed_folders_are_left_alone(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)  # a run in a closed folder goes on as a user without rights
     paths = os.pathsep.join([str(HERE), str(Path(memfit.__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path)],
