@@ -162,6 +162,25 @@ def _audit(where: str) -> str:
     return _table("model | loss | rows x tokens | the audit takes", rows, "audit_cost", where)
 
 
+def _faults(where: str) -> str:
+    found = newest("faults")[0]
+    rows = ((row["fault"], f"{row['cases']:,}", _counts(row["counts"]), len(row["wrong"])) for row in found)
+    return _table("what | cases | of which | promises broken", rows, "faults", where)
+
+
+def _counts(counts: dict[str, float]) -> str:
+    """What was counted, in a cell of a table."""
+    told = []
+    for name, count in counts.items():
+        if name.endswith("_bytes"):
+            told.append(f"{name.removesuffix('_bytes')}: {format_bytes(round(count))}")
+        elif name.endswith("_s"):
+            told.append(f"{name.removesuffix('_s')}: {format_seconds(count)}")
+        else:
+            told.append(f"{'exit code ' * name.isdecimal()}{name}: {count:,}")
+    return ", ".join(told)
+
+
 _TABLES: dict[str, Callable[[str], str]] = {
     "traps": _traps,
     "coupled": _coupled,
@@ -173,4 +192,5 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "large": _large,
     "heads": _heads,
     "audit": _audit,
+    "faults": _faults,
 }

@@ -27,8 +27,8 @@ from memfit.core.stored import read
 from memfit.runtime.folder import LossLog
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.state import replace_text
-from outages import Job, undisturbed
-from steady import broken, in_threads, least_peak, levels
+from outages import Job, Outage, undisturbed
+from steady import Mine, broken, in_threads, least_peak, levels
 
 HERE = Path(__file__).parent
 Captured = pytest.CaptureFixture[str]
@@ -192,6 +192,20 @@ def test_an_error_in_the_users_code_leaves_everything_as_it_was(name: str) -> No
     expected, _ = undisturbed(job, 8)
     assert broken(job, 1, 8, expected, seen) == []
     assert len(seen) > 2
+
+
+def test_a_step_that_the_user_breaks_off_does_not_count_as_measured(in_parts: Job) -> None:
+    training = in_parts.start()
+    step = training.step
+    with pytest.raises(Mine), Outage({10: Mine()}):
+        step(in_parts.batch_at(0))
+    verdicts = []
+    for number in range(3):
+        training.run(number)
+        verdicts.append(step.verdict)
+    assert verdicts[0] is not None
+    assert verdicts[1] is not verdicts[0]
+    assert verdicts[2] is verdicts[1]
 
 
 def test_a_training_holds_no_more_after_many_steps_than_after_few(in_parts: Job) -> None:

@@ -221,6 +221,7 @@ class Step:
             if not self._can_rescue(error):
                 if before is not None and self._is_alone_in_error:
                     before.restore()  # whatever went wrong, such as in the user's own loss or hooks
+                    self._unverified += way.is_metered
                 raise
             out_of_memory = error
         finally:
