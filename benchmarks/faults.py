@@ -1,6 +1,6 @@
 """Kills, full disks, lost memory, hostile files, long trainings, errors, odd command lines: docs/faults.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [--only PART ...] [--share 1.0] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--only PART ...] [--share 1.0] [--also FILE ...] [--out FILE]
 
 Each part is a process of its own; what it found is written as soon as it ends. The cases are those of
 ``tests/kills.py``, ``disks.py``, ``outages.py``, ``hostile.py``, ``steady.py`` and ``commands.py``, of which
@@ -279,11 +279,24 @@ def _in_a_process(part: str, share: float) -> Iterator[Row]:
         yield _row(part, 0, {}, [f"it ended with {child.returncode}"])
 
 
+def _earlier(path: Path) -> list[Row]:
+    """The rows of a result, each with the commit that it is of."""
+    data = json.loads(path.read_text())
+    return [{"commit": data["provenance"]["commit"], **row} for row in data["rows"]]
+
+
+def _write(rows: list[Row], out: Path | None) -> None:
+    """Writes what there is: a stop loses nothing."""
+    if out:
+        out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--share", type=float, default=1.0, help="of the cases")
+    parser.add_argument("--also", nargs="*", type=Path, default=[], help="results of other parts, run apart")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -292,13 +305,13 @@ def main() -> None:
         for row in PARTS[options.part](options.share):
             print(json.dumps(row), flush=True)
         return
-    rows: list[Row] = []
+    rows = [row for path in options.also for row in _earlier(path)]
     for part in options.only:
         for row in _in_a_process(part, options.share):
-            rows.append(row)
+            rows.append(row | {"commit": provenance()["commit"]})
             print(json.dumps(row, indent=1), flush=True)
-            if options.out:
-                options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+            _write(rows, options.out)
+    _write(rows, options.out)
     if any(row["wrong"] for row in rows):
         raise SystemExit("a promise was broken")
 
