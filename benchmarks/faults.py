@@ -1,6 +1,6 @@
 """Kills, full disks, lost memory, hostile files, long trainings, errors, odd command lines: docs/faults.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [--only PART ...] [--share 1.0] [--also FILE ...] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--only PART ...] [--also FILE ...] [--share 1] [--out FILE]
 
 Each part is a process of its own; what it found is written as soon as it ends. The cases are those of
 ``tests/kills.py``, ``disks.py``, ``outages.py``, ``hostile.py``, ``steady.py`` and ``commands.py``, of which
