@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memfit
 from memfit.runtime import replay
 from memfit.runtime.meter import lift_hard_cap, set_hard_cap
+from memfit.runtime.rescue import is_out_of_memory
 
 ROWS, WIDTH, CLASSES = 96, 32, 7
 
@@ -170,15 +171,24 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def squeezed(job: Job, steps: int, ops: list[int], draw: random.Random) -> tuple[Training[memfit.Step], int]:
-    """A run in which the cap is moved down at a random op of each step; and how many allocations failed."""
-    training, moved = job.start(), list[Squeeze]()
+    """A run in which the cap is moved down at a random op of each step; and how often that was an error.
+
+    A step that even the rescue has no memory for raises, and is called again.
+    """
+    training, raised = job.start(), 0
     for number in range(steps):
-        moved.append(Squeeze(draw.randrange(ops[number])))
+        squeeze = Squeeze(draw.randrange(ops[number]))
         try:
-            training.run(number, moved[-1])
+            training.run(number, squeeze)
+        except Exception as error:
+            squeeze.lift()
+            if not is_out_of_memory(error):
+                raise
+            raised += 1
+            training.run(number)
         finally:
-            moved[-1].lift()
-    return training, sum(len(one.places) for one in moved)
+            squeeze.lift()
+    return training, raised
 
 
 def _place() -> str:

@@ -21,7 +21,8 @@ Note [Rescue]
     the tensors of the step. Cycles are collected too: that takes little beside planning again.
  4. The lower plan is not metered in that step, for the meter itself takes memory on a CPU. It stays for
     later steps.
- 5. Where none is lower, the same plan runs once more, since memory has been given back.
+ 5. Where none is lower, or planning runs out of memory, too, the same plan runs once more, since memory has
+    been given back.
  6. Where no plan is left, or something cannot be put back, the error itself is raised, with a note.
 
 Note [Ranks]
@@ -445,7 +446,7 @@ class Step:
 
     def _lower_plans(self, failed: Plan) -> Iterator[Plan]:
         """The lower plans, the highest first; the same on all ranks."""
-        lower = fallbacks(self.profile, failed)
+        lower = self._plans_below(failed)
         plans = chain([next(lower, failed)], lower) if self._ranks.rank == 0 else iter(())
         if self._ranks.size == 1:
             yield from plans
@@ -457,6 +458,17 @@ class Step:
 
         while text := self._ranks.made_by(0, following):
             yield Plan.from_json(text)
+
+    def _plans_below(self, failed: Plan) -> Iterator[Plan]:
+        """The lower plans as this rank finds them. See Note [Rescue] 5."""
+        try:
+            yield from fallbacks(self.profile, failed)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.info("out of memory while planning again")
+            let_go_of_frames(error)
+            yield failed
 
     def _tried(self, batch: Any, plan: Plan) -> Tensor | None:
         """The batch under a plan; None if memory has run out again."""
