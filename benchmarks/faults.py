@@ -287,9 +287,9 @@ def _in_a_process(part: str, share: float) -> Iterator[Row]:
 
 
 def _earlier(path: Path) -> list[Row]:
-    """The rows of a result, each with the commit that it is of."""
+    """The rows of a result, each with its commit; none of a part that crashed and was run again."""
     data = json.loads(path.read_text())
-    return [{"commit": data["provenance"]["commit"], **row} for row in data["rows"]]
+    return [{"commit": data["provenance"]["commit"], **row} for row in data["rows"] if row["cases"]]
 
 
 def _write(rows: list[Row], out: Path | None) -> None:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +207,21 @@ def test_a_step_that_the_user_breaks_off_does_not_count_as_measured(in_parts: Jo
     assert verdicts[0] is not None
     assert verdicts[1] is not verdicts[0]
     assert verdicts[2] is verdicts[1]
+
+
+def test_where_memory_runs_out_in_planning_again_the_same_plan_runs_once_more(
+    in_parts: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*given: Any) -> Iterator[memfit.Plan]:
+        raise MemoryError("Unable to allocate 93.8 KiB for an array")
+        yield
+
+    monkeypatch.setattr("memfit.runtime.step.fallbacks", starved)
+    training = in_parts.start()
+    training.run(0, Outage({30: torch.OutOfMemoryError("CUDA out of memory")}))
+    training.run(1)
+    assert training.losses == undisturbed(in_parts, 2)[0].losses
+    assert [rescue.attempts for rescue in training.step.rescues] == [1]
 
 
 def test_a_training_holds_no_more_after_many_steps_than_after_few(in_parts: Job) -> None:
