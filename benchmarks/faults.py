@@ -312,7 +312,7 @@ def main() -> None:
         for row in PARTS[options.part](options.share):
             print(json.dumps(row), flush=True)
         return
-    rows = [row for path in options.also for row in _earlier(path)]
+    rows = [*{row["fault"]: row for path in options.also for row in _earlier(path)}.values()]
     for part in options.only:
         for row in _in_a_process(part, options.share):
             rows.append(row | {"commit": provenance()["commit"]})
