@@ -59,7 +59,7 @@ families: $(STAMP)  ## Whole steps of many transformers families: predicted agai
 rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compared with undisturbed ones
 	OMP_NUM_THREADS=1 $(PY) benchmarks/rescue.py --out benchmarks/results/$(TODAY)_cpu_rescue.json
 
-faults: $(STAMP)  ## Kills, full disks, lost memory, hostile files, long trainings: about 25 minutes
+faults: $(STAMP)  ## Kills, full disks, lost memory, hostile files, long trainings: half an hour
 	OMP_NUM_THREADS=1 $(PY) benchmarks/faults.py --out benchmarks/results/$(TODAY)_cpu_faults.json
 
 heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: about 15 minutes
