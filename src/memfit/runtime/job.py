@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from memfit.core.batching import balanced_parts
 from memfit.core.graph import without_gradients
 from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_type
-from memfit.runtime.batch import split, tensors_of
+from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.hooks import refuse_accumulation_hooks
 from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
 from memfit.runtime.normalisation import is_pooled
@@ -118,6 +118,25 @@ def record_part(
         return recording
     coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))
     return recording._replace(graph=replace(recording.graph, coupled=coupled))
+
+
+def record_few(job: Job, few: int, probe: Callable[[], Probe], *, hold_saved: bool = False) -> Recording:
+    """Records a step of few rows alone, from no gradients.
+
+    A loss in two passes may take all rows or none. Then it is left out: the second pass is run, of few rows.
+    """
+    total = rows_of(job.batch)
+    part = first_rows(job.batch, total, few)
+    prepare_gradients(job.model, resident=False)
+    try:
+        small = job._replace(batch=part)
+        return record_part(small, part, few, 1, probe(), resident=False, hold_saved=hold_saved)
+    except (RuntimeError, ValueError):
+        if not job.is_two_pass or few == total:
+            raise
+    count = -(-total // few)
+    prepare_gradients(job.model, resident=True)
+    return record_part(job, job.batch, total, count, probe(), resident=True, hold_saved=hold_saved)
 
 
 def prepare_gradients(model: nn.Module, *, resident: bool) -> None:

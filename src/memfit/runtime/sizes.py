@@ -19,7 +19,7 @@ from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.card import CardKernels
 from memfit.runtime.compiled import compiled_regions
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
-from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
+from memfit.runtime.job import Job, first_rows, prepare_gradients, record_few, record_part
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.normalisation import normalised, pooled_tensors
 from memfit.runtime.opaque import run_plainly
@@ -259,19 +259,16 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
     return found
 
 
-def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
+def fakes_agree(job: Job, point: Measured) -> bool:
     """Whether fakes do what a measured run really did: the same ops, making as many bytes.
 
     They do not where a model reads its data, or where an op's fake has no workspace (MKL-DNN's LSTM).
     """
-    part = first_rows(job.batch, rows, point.rows)
     faker = Faker(mode_for(job.model))
     with faked(job.model, faker), _entered(faker):
-        prepare_gradients(job.model, resident=False)
-        batch = faker.batch(part)
-        small = job._replace(batch=batch)
+        fake = job._replace(batch=faker.batch(job.batch))
         try:
-            graph = record_part(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+            graph = record_few(fake, point.rows, lambda: RooflineProbe(Roofline())).graph
         except Exception as error:  # a micro-batch of several may do what the whole batch does not
             _log.info("fake tensors do not do the whole batch (%s: %s)", type(error).__name__, error)
             return False
