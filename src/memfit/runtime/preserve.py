@@ -84,20 +84,21 @@ class Buffers:
         """Puts it back, in the same tensors."""
         with torch.no_grad():
             for buffer, content in self._contents:
-                buffer.copy_(content)
+                _fill(buffer, content)
 
 
 class _Kept(NamedTuple):
-    """A tensor as it was: its version, and a copy, perhaps flat, if there is one."""
+    """A tensor as it was: its shape, its version, and a copy, perhaps flat, if there is one."""
 
     tensor: Tensor
+    shape: torch.Size
     version: int
     copy: Tensor | None = None
 
     @staticmethod
     def of(tensor: Tensor, *, copied: bool = False) -> _Kept:
         """The present content."""
-        return _Kept(tensor, _version(tensor), tensor.detach().clone() if copied else None)
+        return _Kept(tensor, tensor.shape, _version(tensor), tensor.detach().clone() if copied else None)
 
     @property
     def is_changed(self) -> bool:
@@ -107,10 +108,10 @@ class _Kept(NamedTuple):
 
     @property
     def content(self) -> Tensor | None:
-        """The copy in the shape of the tensor."""
-        if self.copy is None or self.copy.shape == self.tensor.shape:
+        """The copy in the shape that the tensor had."""
+        if self.copy is None or self.copy.shape == self.shape:
             return self.copy
-        return self.copy.view_as(self.tensor)
+        return self.copy.view(self.shape)
 
     @property
     def is_lost(self) -> bool:
@@ -121,7 +122,7 @@ class _Kept(NamedTuple):
         """Puts the content back."""
         content = self.content
         if content is not None:
-            self.tensor.copy_(content)
+            _fill(self.tensor, content)
 
 
 class _Buffer(NamedTuple):
@@ -231,7 +232,7 @@ def _buffers(model: nn.Module, written: Collection[str] | None) -> list[_Buffer]
         if id(buffer) not in copies and (written is None or name in written):
             copies[id(buffer)] = buffer.detach().clone()
     return [
-        _Buffer(name, owner, key, _Kept(buffer, _version(buffer), copies.get(id(buffer))))
+        _Buffer(name, owner, key, _Kept(buffer, buffer.shape, _version(buffer), copies.get(id(buffer))))
         for name, owner, key, buffer in places
     ]
 
@@ -262,6 +263,13 @@ def _is_small(tensor: Tensor) -> bool:
 def _sizes(things: Iterable[_Kept]) -> tuple[int, ...]:
     """Bytes of the copies among some things."""
     return resident_sizes(kept.copy for kept in things if kept.copy is not None)
+
+
+def _fill(tensor: Tensor, content: Tensor) -> None:
+    """Puts a content back; observers of quantisation resize their buffers when they first see data."""
+    if tensor.shape != content.shape:
+        tensor.resize_(content.shape)
+    tensor.copy_(content)
 
 
 def _version(tensor: Tensor) -> int:

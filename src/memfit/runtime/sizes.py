@@ -233,11 +233,30 @@ def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None
 
 
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
-    """Records really at two numbers of rows and carries the bytes over to every size."""
-    place = next(job.model.parameters()).device
+    """Records really at two numbers of rows and carries the bytes over to every size.
+
+    A model that runs with the rows it is written for only (a queue of them, edges of one graph) is recorded
+    whole.
+    """
     few = min(_FEW_ROWS, rows)
+    try:
+        return _record_scaled(job, rows, counts, (max(1, few // 2), few))
+    except _USERS_FAULTS:
+        raise
+    except Exception as error:
+        if 1 not in counts or few == rows:
+            raise
+        _log.info("no micro-batch of few rows (%s: %s)", type(error).__name__, error)
+        return _record_scaled(job, rows, (1,), (rows, rows))
+
+
+def _record_scaled(
+    job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[int, int]
+) -> list[Recording]:
+    """The same from a smaller and a larger size."""
+    place = next(job.model.parameters()).device
     recorded: dict[tuple[int, bool], Recording] = {}
-    for size in {max(1, few // 2), few}:
+    for size in sorted(set(sizes)):
         part = first_rows(job.batch, rows, size)
         for resident in {count > 1 for count in counts}:
             prepare_gradients(job.model, resident=resident)
@@ -246,7 +265,7 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
     prepare_gradients(job.model, resident=False)
     found = []
     for count in counts:
-        small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
+        small, large = (recorded[size, count > 1] for size in sizes)
         graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
         found.append(large._replace(graph=graph))
         if graph.coupled and count == 1:
