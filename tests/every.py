@@ -1,8 +1,7 @@
 """Every model there is to judge: families of ``transformers`` from tiny configurations, and hard ones.
 
 A family is taken from ``families.py`` where it is there, with numbers chosen by hand; else its first head
-that builds from a generic small configuration, as in ``heads.py``, here with two layers and dropout as it is
-by default.
+that builds from a generic small configuration, as in ``heads.py``, with dropout as it is by default.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import configuration_auto, modeling_auto
 
-from families import FAMILIES, LABELS, SIDE, own_loss, sounds
+from families import FAMILIES, SIDE, own_loss, sounds
 from hard import HARD
 from heads import ROWS, TASKS, Task, batch_for, small_config, small_model
 from judged import Specimen
 from models import CASES, ZOO
 
-_LAYERS, _FAMILY_ROWS = 2, 4
+_FAMILY_ROWS = 4
 Batch = dict[str, Tensor]
 
 
@@ -51,11 +50,11 @@ _ORDER = ("causal", "masked", "seq2seq", "token classification", "sequence class
 EVERY_TASK = (*(TASKS[name] for name in _ORDER), *OTHER_TASKS)
 
 
-def _head(task: Task, model_type: str) -> nn.Module:
-    """A head of two layers; in pictures of few pixels."""
-    config = small_config(model_type, _LAYERS, drops=True)
+def _head(task: Task, model_type: str, layers: int) -> nn.Module:
+    """A head of some layers; of pictures of few pixels."""
+    config = small_config(model_type, layers, drops=True)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
-        if isinstance(getattr(part, "image_size", None), int):
+        if part is not None and isinstance(getattr(part, "image_size", None), int):
             part.image_size = SIDE
     return small_model(task, model_type, config)
 
@@ -72,25 +71,23 @@ def _batch(task: Task, model: nn.Module) -> Batch:
     return batch
 
 
-def heads() -> Iterator[tuple[str, list[Specimen]]]:
+def heads(layers: int) -> Iterator[tuple[str, list[Specimen]]]:
     """Each model type not in ``families.py``, with its heads in the order in which they are tried."""
     own = {family.config for family in FAMILIES.values()}
     types = dict.fromkeys(name for task in EVERY_TASK for name in task.models)
     for model_type in types:
         if _config_name(model_type) not in own:
             tried = [task for task in EVERY_TASK if model_type in task.models]
-            yield model_type, [_of_head(task, model_type) for task in tried]
+            yield model_type, [_of_head(task, model_type, layers) for task in tried]
 
 
 def _config_name(model_type: str) -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return str(CONFIG_MAPPING_NAMES.get(model_type, ""))
+    return str(configuration_auto.CONFIG_MAPPING_NAMES.get(model_type, ""))
 
 
-def _of_head(task: Task, model_type: str) -> Specimen:
+def _of_head(task: Task, model_type: str, layers: int) -> Specimen:
     return Specimen(
-        model_type, task.name, partial(_head, task, model_type), partial(_batch, task), own_loss
+        model_type, task.name, partial(_head, task, model_type, layers), partial(_batch, task), own_loss
     )
 
 
@@ -111,11 +108,19 @@ def _ignoring(make: Callable[[], Any]) -> Callable[[nn.Module], Any]:
 def others() -> Iterator[tuple[str, list[Specimen]]]:
     """Models with hard control flow, one thing each, and larger ones."""
     for hard in HARD.values():
-        yield hard.name, [
-            Specimen(hard.name, "hard", hard.build, _ignoring(hard.batch), hard.loss, hard.raises)
-        ]
+        yield (
+            hard.name,
+            [Specimen(hard.name, "hard", hard.build, _ignoring(hard.batch), hard.loss, hard.raises)],
+        )
     for case in CASES.values():
         yield case.name, [Specimen(case.name, "case", case.model, _ignoring(case.batch), case.loss)]
     for zoo in ZOO.values():
         batch = _ignoring(partial(zoo.batch, zoo.rows, 1))
-        yield zoo.name, [Specimen(zoo.name, "network", partial(zoo.build, 1), batch, zoo.loss)]
+        yield f"{zoo.name} (network)", [Specimen(zoo.name, "network", partial(zoo.build, 1), batch, zoo.loss)]
+
+
+def every_model(layers: int = 2) -> Iterator[tuple[str, list[Specimen]]]:
+    """All of them: the hard ones first; heads from generic configurations have so many layers."""
+    yield from others()
+    yield from heads(layers)
+    yield from families()

@@ -178,7 +178,7 @@ def shapes_from_data(m: Any, x: Tensor) -> Any:
 
 @hard(block=tanh_block, leaf=linear, join=lambda: nn.Linear(2 * WIDTH, WIDTH))
 def recursion_over_a_tree(m: Any, x: Tensor) -> Any:
-    def node(rows: Tensor) -> Tensor:
+    def node(rows: Tensor) -> Any:
         if len(rows) < 2 or float(rows.sum()) > 12:
             return m.leaf(rows).mean(0).tanh()
         half = len(rows) // 2
@@ -277,8 +277,8 @@ class Stateful(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The states of each position."""
         out: Tensor
-        out, state = self.rnn(self.embed(x), self.state)
-        self.state = state.detach()
+        out, state = self.rnn(self.embed(x), self.get_buffer("state"))
+        self.register_buffer("state", state.detach())
         return out
 
 
@@ -427,7 +427,7 @@ class Clipped(torch.autograd.Function):
         return x, outside
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """Nothing where it was clamped."""
         return None if grads[0] is None else grads[0].masked_fill(ctx.outside, 0.0), None
@@ -544,7 +544,7 @@ def inner_steps_of_meta_learning(m: Any, x: Tensor) -> Any:
 def transforms_of_torch_func(m: Any, x: Tensor) -> Any:
     h = m.lin(x).tanh()
     slopes = torch.func.vmap(torch.func.grad(lambda row: m.block(row).square().sum()))(h)
-    _, tangent = torch.func.jvp(lambda y: m.block(y).sin(), (h,), (torch.ones_like(h),))
+    tangent = torch.func.jvp(lambda y: m.block(y).sin(), (h,), (torch.ones_like(h),))[1]
     return slopes * tangent
 
 
@@ -558,10 +558,13 @@ class Hooked(nn.Module):
         super().__init__()
         self.blocks = blocks()
         self.seen: list[float] = []
-        for block in self.blocks:
+        for block in self.blocks.children():
+            assert isinstance(block, nn.Sequential)
             block.register_forward_pre_hook(lambda _, args: (args[0] * 1.1,))
             block.register_forward_hook(lambda _, args, out: out + args[0].sin())
-            block[0].register_full_backward_hook(lambda _, grads, __: (None if grads[0] is None else grads[0] * 0.5,))
+            block[0].register_full_backward_hook(
+                lambda _, grads, __: (None if grads[0] is None else grads[0] * 0.5,)
+            )
             block[3].register_full_backward_pre_hook(lambda _, grads: (grads[0].clamp(-0.01, 0.01),))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -581,7 +584,7 @@ def saved_tensors_hooks_of_ones_own(m: Any, x: Tensor) -> Any:
     def pack(tensor: Tensor) -> Any:
         return tensor.to(torch.float16) if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: Any) -> Any:
         return packed.float() if packed.dtype == torch.float16 else packed
 
     for number, block in enumerate(m.blocks):
@@ -615,7 +618,8 @@ class Noting(nn.Module):
         for block in self.blocks:
             x = x + block(x)
             self.notes.append(x)
-        return x + sum(note.abs().mean() for note in self.notes)
+        out: Tensor = x + sum(note.abs().mean() for note in self.notes)
+        return out
 
 
 HARD["activations_kept_on_the_module"] = Hard("activations_kept_on_the_module", Noting, floats, square_loss)
@@ -691,7 +695,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both."""
-        out: Tensor = F.linear(x, self.weight.to(x.dtype) * self.scale) + self.up(self.down(x))
+        weight = self.get_buffer("weight").to(x.dtype) * self.get_buffer("scale")
+        out: Tensor = F.linear(x, weight) + self.up(self.down(x))
         return out
 
 
@@ -744,6 +749,7 @@ class FakeQuantised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Linear layers of fake-quantised weights between fake-quantised activations."""
         for layer, act, weight in zip(self.layers, self.acts, self.weights, strict=True):
+            assert isinstance(layer, nn.Linear)
             x = act(F.linear(x, weight(layer.weight), layer.bias).relu())
         return x
 
@@ -909,17 +915,17 @@ class Scaled(Tensor):
     @staticmethod
     def __new__(cls, data: Tensor, scale: float) -> Scaled:
         """Wraps."""
-        made: Scaled = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Scaled = Tensor._make_wrapper_subclass(
             cls, data.shape, dtype=data.dtype, requires_grad=data.requires_grad
         )
         return made
 
     def __init__(self, data: Tensor, scale: float) -> None:
-        self.inner, self.scale = data, scale
+        self.inner, self.factor = data, scale
 
     def __tensor_flatten__(self) -> tuple[list[str], float]:
         """What it is made of."""
-        return ["inner"], self.scale
+        return ["inner"], self.factor
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], scale: float, *_: Any) -> Scaled:
@@ -927,9 +933,9 @@ class Scaled(Tensor):
         return Scaled(inner["inner"], scale)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Computes with the product."""
-        plain = torch.utils._pytree.tree_map_only(Scaled, lambda t: t.inner * t.scale, (args, kwargs or {}))
+        plain = torch.utils._pytree.tree_map_only(Scaled, lambda t: t.inner * t.factor, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 

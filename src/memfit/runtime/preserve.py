@@ -7,7 +7,11 @@ Note [Snapshot]
     counters. Of larger ones those that the verified steps were seen to write to.
  3. What has no copy is watched by its version: the batch and the parameters too. Was it written to, the
     step cannot be run again, and that is said.
- 4. Not kept: Python attributes that the model's own code changes, and generators other than the default ones.
+ 4. A verified step is run again from its start wherever its promise was broken, so it also keeps what the
+    model's own code changes: submodules, numbers, words and detached tensors that are attributes. A counter
+    of calls, or BigBird, which exchanges its attention in its first forward, would go another way else.
+ 5. Not kept: such attributes in other steps, tables of tensors (they may hold a whole former step), and
+    generators other than the default ones.
 """
 
 from __future__ import annotations
@@ -134,6 +138,31 @@ class _Buffer(NamedTuple):
     kept: _Kept
 
 
+class _Attributes:
+    """What the attributes of a module are, as far as Note [Snapshot] 4 goes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._names = set(module.__dict__)
+        self._values = {name: value for name, value in module.__dict__.items() if _is_plain_state(value)}
+        self._submodules = dict(module._modules)
+
+    def restore(self) -> None:
+        """Puts them back; what is new goes."""
+        for name in set(self._module.__dict__) - self._names:
+            del self._module.__dict__[name]
+        self._module.__dict__.update(self._values)
+        self._module._modules.clear()
+        self._module._modules.update(self._submodules)
+
+
+def _is_plain_state(value: object) -> bool:
+    """Whether an attribute can be kept by a reference."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 class Snapshot:
     """What a step may change, to run it again from its start. See Note [Snapshot].
 
@@ -157,6 +186,7 @@ class Snapshot:
         self._parameters = [_Kept.of(parameter) for parameter in model.parameters()]
         self._buffers = _buffers(model, None if room_bytes is None else written)
         self._gradients = self._present_gradients(room_bytes)
+        self._attributes = [_Attributes(module) for module in model.modules()] if room_bytes is None else []
         self._written = written
 
     @property
@@ -184,6 +214,8 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back, in the same tensors."""
         self._streams.restore()
+        for attributes in self._attributes:
+            attributes.restore()
         with torch.no_grad():
             for buffer in self._buffers:
                 buffer.owner[buffer.key] = buffer.kept.tensor

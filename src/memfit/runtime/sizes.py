@@ -250,9 +250,7 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
         return _record_scaled(job, rows, (1,), (rows, rows))
 
 
-def _record_scaled(
-    job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[int, int]
-) -> list[Recording]:
+def _record_scaled(job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[int, int]) -> list[Recording]:
     """The same from a smaller and a larger size."""
     place = next(job.model.parameters()).device
     recorded: dict[tuple[int, bool], Recording] = {}
