@@ -56,6 +56,9 @@ def _head(task: Task, model_type: str, layers: int) -> nn.Module:
     for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         if part is not None and isinstance(getattr(part, "image_size", None), int):
             part.image_size = SIDE
+        for name in ("depths", "layer_depths"):
+            if isinstance(value := getattr(part, name, None), list):
+                setattr(part, name, [1] * len(value))
     return small_model(task, model_type, config)
 
 
