@@ -1,13 +1,13 @@
 """Every model: families of ``transformers`` and models with hard control flow, at three budgets each.
 
-    OMP_NUM_THREADS=1 python benchmarks/zoo.py [--models llama packed_lstm] [--resume] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/zoo.py [--models llama packed_lstm] [--update] [--out FILE]
 
 The models of ``tests/every.py``, the batch whole, from the least memory to no recomputation. Loss, gradients,
 buffers and random state are compared with those of the plain step to the bit; peaks are the CPU allocator's
 own, of one step under a prediction that no run has corrected. Where that was too low, a step that meters
 itself, as each first one does, is to plan again or to name the memory that is enough, which it is then given.
 Fails if anything differs, a peak is above its budget, or memfit raises what it does not raise by design.
-Results are written after each model; ``--resume`` goes on after the last one of the same commit.
+Results are written after each model, with its commit; ``--update`` keeps those of other models in the file.
 """
 
 from __future__ import annotations
@@ -91,26 +91,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--layers", type=int, default=2, help="of heads made from generic configurations")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--update", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    made, rows = provenance(), []
-    if options.resume and options.out and options.out.exists():
-        former = json.loads(options.out.read_text())
-        if former["provenance"]["commit"] == made["commit"]:
-            made, rows = former["provenance"], former["rows"]
-    there = {row["model"] for row in rows}
+    made, rows = provenance(), {}
+    if options.update:
+        rows = {row["model"]: row for row in json.loads(options.out.read_text())["rows"]}
     for name, heads in every_model(options.layers):
-        if name in there or (options.models and name not in options.models):
+        if options.models and name not in options.models:
             continue
-        rows.append(row_of(name, heads))
-        print(line(rows[-1]), flush=True)
+        rows[name] = {**row_of(name, heads), "commit": made["commit"]}
+        print(line(rows[name]), flush=True)
         if options.out:
             part = options.out.with_suffix(".part")
-            part.write_text(json.dumps({"provenance": made, "rows": rows}, indent=0))
+            part.write_text(json.dumps({"provenance": made, "rows": list(rows.values())}, indent=0))
             part.replace(options.out)
-    print(", ".join(f"{count} {status}" for status, count in Counter(r["status"] for r in rows).items()))
-    broken = [row["model"] for row in rows if not row["is_kept"]]
+    print(
+        ", ".join(
+            f"{count} {status}" for status, count in Counter(r["status"] for r in rows.values()).items()
+        )
+    )
+    broken = [row["model"] for row in rows.values() if not row["is_kept"]]
     sys.exit(f"{len(broken)} of {len(rows)} models broken: {', '.join(broken)}" if broken else 0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ class Specimen:
     batch: Callable[[nn.Module], Any]
     loss: LossFn
     raises: str | None = None
+    seed: int = 4
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,16 @@ class Judgement:
 
 
 def seeded() -> None:
-    """Every generator at its start, Python's too."""
+    """Every generator at its start, Python's and NumPy's too."""
     torch.manual_seed(11)
     random.seed(11)
+    np.random.seed(11)
 
 
 def judged(specimen: Specimen, budgets: int = 3) -> Judgement:
     """Builds a model and judges it at some budgets, the batch whole."""
     try:
-        torch.manual_seed(4)
+        torch.manual_seed(specimen.seed)
         model = specimen.build().train()
         batch = specimen.batch(model)
         plain, again = _plain(specimen, model, batch), _plain(specimen, model, batch)
