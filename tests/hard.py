@@ -618,8 +618,8 @@ class Noting(nn.Module):
         for block in self.blocks:
             x = x + block(x)
             self.notes.append(x)
-        out: Tensor = x + sum(note.abs().mean() for note in self.notes)
-        return out
+        penalty = torch.stack([note.abs().mean() for note in self.notes]).sum()
+        return x + penalty
 
 
 HARD["activations_kept_on_the_module"] = Hard("activations_kept_on_the_module", Noting, floats, square_loss)
@@ -921,21 +921,21 @@ class Scaled(Tensor):
         return made
 
     def __init__(self, data: Tensor, scale: float) -> None:
-        self.inner, self.factor = data, scale
+        self.held, self.factor = data, scale
 
     def __tensor_flatten__(self) -> tuple[list[str], float]:
         """What it is made of."""
-        return ["inner"], self.factor
+        return ["held"], self.factor
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], scale: float, *_: Any) -> Scaled:
+    def __tensor_unflatten__(held: dict[str, Tensor], scale: float, *_: Any) -> Scaled:
         """Made again."""
-        return Scaled(inner["inner"], scale)
+        return Scaled(held["held"], scale)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Computes with the product."""
-        plain = torch.utils._pytree.tree_map_only(Scaled, lambda t: t.inner * t.factor, (args, kwargs or {}))
+        plain = torch.utils._pytree.tree_map_only(Scaled, lambda t: t.held * t.factor, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 
