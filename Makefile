@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench families heads lightning ranks restarts rescue matrix trainer zoo clean
+.PHONY: help .venv demo test check check-cuda bench docs families heads lightning ranks restarts rescue matrix trainer tutorial zoo clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,9 +44,11 @@ check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promis
 bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/step_overhead.py --out benchmarks/results/$(TODAY)_cpu_step_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/accumulation.py --out benchmarks/results/$(TODAY)_cpu_accumulation.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/traps.py --out benchmarks/results/$(TODAY)_cpu_traps.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/gaps.py --out benchmarks/results/$(TODAY)_cpu_gaps.json
 	$(PY) benchmarks/render.py
 
@@ -72,11 +74,18 @@ trainer: $(STAMP)  ## The Hugging Face Trainer with memfit against the plain one
 lightning: $(STAMP)  ## Lightning with memfit against the plain Trainer: about 3 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/lightning_trainer.py --out benchmarks/results/$(TODAY)_cpu_lightning.json
 
-ranks: $(STAMP)  ## DDP and FSDP2 on 2 and 4 processes against one: about 5 minutes
+ranks: $(STAMP)  ## DDP and FSDP2 on 2 and 4 processes against one: about 4 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/ranks.py --out benchmarks/results/$(TODAY)_cpu_ranks.json
 
 restarts: $(STAMP)  ## A process is killed under torchrun, which starts all of them again
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m restarts
+
+docs: $(STAMP)  ## Build the documentation into build/docs; needs no network
+	.venv/bin/sphinx-build -W -n -q -b html docs build/docs
+	@echo "open build/docs/index.html"
+
+tutorial: $(STAMP)  ## Run the commands of the tutorial and compare what they print
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m tutorial
 
 clean:  ## Remove the environment and what the tools left behind
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -9,9 +9,11 @@ least that works to no recomputation.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,38 +26,11 @@ from memfit.core.graph import Profile
 from memfit.core.plan import Plan, Planner
 from memfit.runtime.fake import fake_tensors
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from models import UNet
+
 BUDGETS = 24
-
-
-class UNet(nn.Module):
-    """Skips across the whole depth."""
-
-    def __init__(self, width: int = 32, depth: int = 4) -> None:
-        super().__init__()
-        widths = [3, *(width << level for level in range(depth))]
-        self.down = nn.ModuleList(_double(a, b) for a, b in pairwise(widths))
-        self.middle = _double(widths[-1], 2 * widths[-1])
-        self.widen = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:0:-1])
-        self.up = nn.ModuleList(_double(2 * w, w) for w in widths[:0:-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Down, across and up."""
-        skips = []
-        for block in self.down:
-            x = block(x)
-            skips.append(x)
-            x = nn.functional.max_pool2d(x, 2)
-        x = self.middle(x)
-        for widen, block in zip(self.widen, self.up, strict=True):
-            x = block(torch.cat([widen(x), skips.pop()], dim=1))
-        return x
-
-
-def _double(inputs: int, outputs: int) -> nn.Module:
-    def half(width: int) -> list[nn.Module]:
-        return [nn.Conv2d(width, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
-
-    return nn.Sequential(*half(inputs), *half(outputs))
 
 
 def _language_loss(model: nn.Module, batch: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""What memfit costs beside the kernels: an op outside the plan, a replayed op, a step with an empty plan.
+"""What recomputing costs beside the kernels: with memfit, with `torch.utils.checkpoint`, and selectively.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--out FILE]
 
 Tiny tensors, so that kernels cost next to nothing; CPU seconds; the variants run in turn in one
-process, and the median of the differences counts.
+process, and the median of the differences counts. A region is one call of `torch.utils.checkpoint`, not
+reentrant; what it costs beside its ops is told by cutting the same ops into one region and into many. A
+selective one saves nothing here, so that all of its ops run again, as those of a plain one do.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,11 +19,13 @@ from typing import Any
 import torch
 from provenance import publish
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from memfit.core.graph import ValueKey
 from memfit.runtime.replay import Decisions, Replayer, decisions_of
 
-OPS, REPEATS = 400, 41
+OPS, REPEATS, REGIONS = 400, 41, 20
 
 
 class Chain(nn.Module):
@@ -53,20 +58,70 @@ def forward(model: nn.Module, x: Tensor, decisions: Decisions | None) -> Tensor:
         return model(x).sum()  # type: ignore[no-any-return]
 
 
+class Nothing(TorchDispatchMode):
+    """A mode as one would write it, that only calls the op: what torch itself charges for a mode."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the op."""
+        return func(*args, **(kwargs or {}))
+
+
+def in_a_mode(model: nn.Module, x: Tensor) -> Tensor:
+    """The forward in a mode that does nothing."""
+    with Nothing():
+        return model(x).sum()  # type: ignore[no-any-return]
+
+
+def in_regions(model: Chain, x: Tensor, regions: int, *, is_selective: bool) -> Tensor:
+    """The forward with the ops shared out to so many regions."""
+
+    def some(y: Tensor) -> Tensor:
+        for _ in range(OPS // regions):
+            y = torch.tanh(y)
+        return y
+
+    more = {"context_fn": functools.partial(create_selective_checkpoint_contexts, [])} if is_selective else {}
+    y = x * model.weight
+    for _ in range(regions):
+        y = checkpoint(some, y, use_reentrant=False, **more)
+    return y.sum()
+
+
+def regions_us() -> dict[str, float]:
+    """Microseconds an op and a region of `torch.utils.checkpoint`, plain and selective."""
+    model, x = Chain(), torch.randn(8)
+    found: dict[str, float] = {}
+    for name, is_selective in (("checkpoint", False), ("selective", True)):
+        one, many = list[float](), list[float]()
+        for _ in range(REPEATS):
+            plain_s = seconds(lambda: forward(model, x, None).backward())
+            for rows, regions in ((one, 1), (many, REGIONS)):
+                run_s = seconds(
+                    lambda n=regions, s=is_selective: in_regions(model, x, n, is_selective=s).backward()  # type: ignore[misc]
+                )
+                rows.append((run_s - plain_s) * 1e6)
+        region_us = statistics.median(b - a for a, b in zip(one, many, strict=True)) / (REGIONS - 1)
+        found[f"{name}, a region"] = region_us
+        found[f"{name}, an op"] = (statistics.median(one) - region_us) / OPS
+    return found
+
+
 def measure() -> dict[str, Any]:
-    """Microseconds an op, medians of paired differences."""
+    """Microseconds, medians of paired differences."""
     model, x = Chain(), torch.randn(8)
     outside = decisions_of([ValueKey("model", "aten.exp.default", 0, 0)])  # a plan for an op that never comes
     every = decisions_of([ValueKey("model", "aten.tanh.default", i, 0) for i in range(OPS)])
-    rows: dict[str, list[float]] = {"outside the plan": [], "replayed": []}
+    rows: dict[str, list[float]] = {"an empty mode": [], "outside the plan": [], "replayed": []}
     for _ in range(REPEATS):
         plain_s = seconds(lambda: forward(model, x, None).backward())
+        rows["an empty mode"].append(seconds(lambda: in_a_mode(model, x).backward()) - plain_s)
         rows["outside the plan"].append(seconds(lambda: forward(model, x, outside).backward()) - plain_s)
         rows["replayed"].append(seconds(lambda: forward(model, x, every).backward()) - plain_s)
-    return {
+    found = {
         name: {"us_per_op": statistics.median(values) / OPS * 1e6, "n": REPEATS}
         for name, values in rows.items()
     }
+    return found | {name: {"us": value, "n": REPEATS} for name, value in regions_us().items()}
 
 
 if __name__ == "__main__":

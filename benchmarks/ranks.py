@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ranks.py [--out FILE]
 
-Thirty steps of AdamW through ``memfit.fit`` on gloo processes that share the rows of each batch, in one or
-three micro-batches, at a budget without limit, halfway to the least memory, and near that. The judge of the
+Thirty steps of AdamW through ``memfit.fit`` on gloo processes that share the rows of each batch: whole, at a
+budget halfway to the least memory, and in three micro-batches, without limit and near the least. One group of
+processes for each number of ranks runs all of its cases, both groups side by side. The judge of the
 weights is a plain loop on one process (relative error of the worst parameter), the judge of the peaks the
 allocator: those of the first three steps, ``optimizer.step()`` included, the highest rank against the
 prediction of all.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +27,36 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import shards
 from processes import on_ranks
 
-PARTS_AND_SHARES = ((1, 0.5), (3, None), (3, 0.5), (3, 0.02))
-STEPS = 30
+PARTS_AND_SHARES = ((1, 0.5), (3, None), (3, 0.02))
+RANKS, ENGINES, STEPS = (2, 4), ("DDP", "FSDP2"), 30
 MODELS = (("net", torch.float32), ("llama", torch.float64), ("gpt2", torch.float64))
+SLOWEST_S = 3600.0
 Row = dict[str, Any]
 
 
 def rows() -> Iterator[Row]:
-    """One row for each engine, number of processes, model, number of micro-batches and budget."""
-    for engine, ranks, (kind, dtype) in itertools.product(("DDP", "FSDP2"), (2, 4), MODELS):
-        own = shards.ROWS // ranks
-        cases = [
-            shards.Case(-(-own // parts), share, dtype, kind, engine, STEPS)
-            for parts, share in PARTS_AND_SHARES
-        ]
-        of_each = on_ranks("shards:each_case", ranks, cases, ranks=ranks, slowest_s=600)
-        losses, weights = shards.alone(dtype, kind, STEPS)
-        for case, *found in zip(cases, *of_each, strict=True):
-            yield {
-                "engine": engine,
-                "ranks": ranks,
-                "steps": STEPS,
-                "model": kind,
-                "dtype": str(dtype),
-            } | _row(case, found, losses, weights)
+    """One row for each number of processes, engine, model, number of micro-batches and budget."""
+    alone = {kind: shards.alone(dtype, kind, STEPS) for kind, dtype in MODELS}
+    with ThreadPoolExecutor() as pool:
+        of_each = [*pool.map(_on_ranks, RANKS)]
+    for ranks, found in zip(RANKS, of_each, strict=True):
+        for case, *trained in zip(_cases(ranks), *found, strict=True):
+            told = {"engine": case.engine, "ranks": ranks, "steps": STEPS, "model": case.kind}
+            yield told | {"dtype": str(case.dtype)} | _row(case, trained, *alone[case.kind])
+
+
+def _on_ranks(ranks: int) -> list[list[shards.Trained]]:
+    """All cases, as each rank ran them."""
+    return on_ranks("shards:each_case", ranks, _cases(ranks), ranks=ranks, slowest_s=SLOWEST_S)
+
+
+def _cases(ranks: int) -> list[shards.Case]:
+    """What so many ranks run."""
+    ways = itertools.product(ENGINES, MODELS, PARTS_AND_SHARES)
+    return [
+        shards.Case(-(-shards.ROWS // ranks // parts), share, dtype, kind, engine, STEPS)
+        for engine, (kind, dtype), (parts, share) in ways
+    ]
 
 
 def _row(

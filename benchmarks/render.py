@@ -1,4 +1,4 @@
-"""Writes the table of results into README.md from the newest result files; no figure is typed.
+"""Writes the results into README.md and docs/ from the newest result files; no figure is typed.
 
 python benchmarks/render.py [--check]
 """
@@ -6,24 +6,15 @@ python benchmarks/render.py [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from figures import ROOT, newest
+
+from pages import filled
+
 Row = tuple[str, str, str]
 _EXACT = 1e-10  # relative error of a gradient in float64
 BEGIN, END = "<!-- results: made by benchmarks/render.py -->", "<!-- end of results -->"
-
-
-def newest(kind: str) -> tuple[Any, str]:
-    """The rows of the newest result file of a kind, and where they come from."""
-    files = sorted((ROOT / "benchmarks" / "results").glob(f"*_cpu_{kind}.json"))
-    if not files:
-        raise SystemExit(f"no result of benchmarks/{kind}.py yet: run make bench")
-    data = json.loads(files[-1].read_text())
-    return data["rows"], f"[{kind}](benchmarks/results/{files[-1].name})"
 
 
 def table() -> str:
@@ -36,6 +27,7 @@ def table() -> str:
         _heads(),
         _rescue(),
         _frameworks(),
+        _ranks(),
         _rivals(),
         _large(),
         _gaps(),
@@ -170,6 +162,31 @@ def _frameworks() -> list[Row]:
     return found
 
 
+def _ranks() -> list[Row]:
+    """Trainings on several processes, against one process with the whole batch."""
+    rows, run = newest("ranks")
+    found = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == engine]
+        counts = " and ".join(str(ranks) for ranks in dict.fromkeys(row["ranks"] for row in own))
+        errors = [
+            max(row["weights_error"] for row in own if row["dtype"].endswith(dtype))
+            for dtype in ("float64", "float32")
+        ]
+        ratios = [row["predicted_over_measured"] for row in own]
+        held = sum(row["never_below"] for row in own)
+        found.append(
+            (
+                f"{engine} on {counts} processes against one with the whole batch, {len(own)} trainings of "
+                f"{own[0]['steps']} steps: worst relative difference of final weights in float64, float32; "
+                "predicted over measured peak of the highest rank: lowest, median, highest; never above",
+                f"{errors[0]:.0e}, {errors[1]:.0e}; {_spread(ratios)}; {held} of {len(own)}",
+                run,
+            )
+        )
+    return found
+
+
 def _spread(ratios: list[float]) -> str:
     """Lowest, median, highest."""
     return f"{min(ratios):.5f}, {statistics.median(ratios):.5f}, {max(ratios):.5f}"
@@ -234,23 +251,51 @@ def _gaps() -> list[Row]:
 
 def _overhead() -> list[Row]:
     """Python."""
-    rows, run = newest("overhead")
-    return [("Python cost of an op outside the plan", f"{rows['outside the plan']['us_per_op']:.1f} us", run)]
+    ops, run = newest("overhead")
+    step, of_steps = newest("step_overhead")
+    of_ops = [f"{ops[n]['us_per_op']:.1f} us" for n in ("outside the plan", "an empty mode", "replayed")]
+    grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
+    return [
+        (
+            "Python cost of an op outside the plan, of an op in a dispatch mode that does nothing, of a "
+            "replayed op",
+            ", ".join(of_ops),
+            run,
+        ),
+        (
+            f"CPU time outside of kernels, 12-layer GPT-2: memfit recomputing {step['share_of_forward']:.0%} "
+            "of the forward, every block checkpointed, selective checkpointing",
+            ", ".join(grown),
+            of_steps,
+        ),
+        (
+            "Python objects that this plan holds, of the activations",
+            f"{step['held_bytes'] / step['activation_bytes']:.2%}",
+            of_steps,
+        ),
+    ]
 
 
 def main() -> None:
-    """Rewrites the README, or with ``--check`` says whether it would."""
+    """Rewrites README and pages, or with ``--check`` says which it would."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = path.read_text("utf-8")
+        name = path.relative_to(ROOT)
+        made = _readme(text) if name.name == "README.md" else filled(text, "../" * (len(name.parts) - 1))
+        if options.check and made != text:
+            raise SystemExit(f"{name} does not show the newest results: run python benchmarks/render.py")
+        if made != text:
+            path.write_text(made, "utf-8")
+
+
+def _readme(text: str) -> str:
+    """The README with its table."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if options.check and made != text:
-        raise SystemExit("README.md does not show the newest results: run python benchmarks/render.py")
-    readme.write_text(made)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":

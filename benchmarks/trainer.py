@@ -21,22 +21,7 @@ from provenance import publish
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from trainers import (
-    Run,
-    Stream,
-    bert,
-    classified,
-    fitted,
-    llama,
-    lora,
-    padded,
-    plain,
-    ragged,
-    tagged,
-    tagger,
-    texts,
-    worst_weight,
-)
+import trainers
 
 LARGEST = 1e-5
 PLANS: dict[str, dict[str, Any]] = {
@@ -46,34 +31,34 @@ PLANS: dict[str, dict[str, Any]] = {
     "half the memory, memfit's choice": {"share": 0.5},
 }
 JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (llama, texts, {}),
-    "llama, rows of many lengths": (llama, ragged, {"data_collator": padded}),
-    "llama, a stream": (llama, lambda: Stream(texts()), {}),
-    "llama, LoRA": (lora, texts, {}),
+    "llama": (trainers.llama, trainers.texts, {}),
+    "llama, rows of many lengths": (trainers.llama, trainers.ragged, {"data_collator": trainers.padded}),
+    "llama, a stream": (trainers.llama, lambda: trainers.Stream(trainers.texts()), {}),
+    "llama, LoRA": (trainers.lora, trainers.texts, {}),
     "llama, SGD, label smoothing": (
-        llama,
-        texts,
+        trainers.llama,
+        trainers.texts,
         {"arguments": {"optim": "sgd", "label_smoothing_factor": 0.1}},
     ),
-    "llama, Adafactor": (llama, texts, {"arguments": {"optim": "adafactor"}}),
+    "llama, Adafactor": (trainers.llama, trainers.texts, {"arguments": {"optim": "adafactor"}}),
     "llama, drop_last, clipped": (
-        llama,
-        texts,
+        trainers.llama,
+        trainers.texts,
         {"arguments": {"dataloader_drop_last": True, "max_grad_norm": 0.05}},
     ),
-    "bert, classes": (bert, classified, {}),
-    "bert, a class for each word": (tagger, tagged, {}),
+    "bert, classes": (trainers.bert, trainers.classified, {}),
+    "bert, a class for each word": (trainers.tagger, trainers.tagged, {}),
 }
 
 
-def differences(run: Run, expected: Run) -> dict[str, Any]:
+def differences(run: trainers.Run, expected: trainers.Run) -> dict[str, Any]:
     """What two trainings differ in."""
     norms = [torch.tensor(one.logged("grad_norm")) for one in (run, expected)]
     listed = ("learning_rate", "epoch")
     return {
         "losses": float(((run.losses - expected.losses) / expected.losses).abs().max()),
         "grad_norms": float(((norms[0] - norms[1]) / norms[1]).abs().max()),
-        "weights": worst_weight(run, expected),
+        "weights": trainers.worst_weight(run, expected),
         "same_schedule": run.logged(*listed) == expected.logged(*listed),
         "same_events": run.listener.events == expected.listener.events,
         "steps": run.trainer.state.global_step,
@@ -84,12 +69,12 @@ def measured(where: Path) -> list[dict[str, Any]]:
     """All trainings."""
     rows = []
     for name, (model, data, given) in JOBS.items():
-        expected = plain(where, model(), data(), **given)
+        expected = trainers.plain(where, model(), data(), **given)
         whole_bytes = 0
         for plan, options in PLANS.items():
             if "share" in options:
                 if not whole_bytes:
-                    whole = fitted(
+                    whole = trainers.fitted(
                         where, model(), data(), {"memory": "1GiB", "micro_batch_size": 16}, **given
                     )
                     assert whole.fitted is not None
@@ -98,7 +83,7 @@ def measured(where: Path) -> list[dict[str, Any]]:
                     key: value for key, value in options.items() if key != "share"
                 }
             start_s = time.perf_counter()
-            run = fitted(where, model(), data(), options, **given)
+            run = trainers.fitted(where, model(), data(), options, **given)
             assert run.fitted is not None
             assert run.fitted.verdict is not None
             found = run.fitted.plan

@@ -1,13 +1,13 @@
 """Every model: families of ``transformers`` and models with hard control flow, at three budgets each.
 
-    OMP_NUM_THREADS=1 python benchmarks/zoo.py [--models llama packed_lstm] [--update] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/zoo.py [--models llama packed_lstm] [--resume] [--out FILE]
 
 The models of ``tests/every.py``, the batch whole, from the least memory to no recomputation. Loss, gradients,
 buffers and random state are compared with those of the plain step to the bit; peaks are the CPU allocator's
 own, of one step under a prediction that no run has corrected. Where that was too low, a step that meters
 itself, as each first one does, is to plan again or to name the memory that is enough, which it is then given.
 Fails if anything differs, a peak is above its budget, or memfit raises what it does not raise by design.
-Results are written after each model, with its commit; ``--update`` keeps those of other models in the file.
+Results are written after each model, with its commit; ``--resume`` keeps those that are in the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from every import every_model
 from heads import quiet
 from judged import Judgement, Specimen, judged
 
-LIMIT_S = 90  # of CPU time, for a model
+LIMIT_S = 40  # of CPU time, for a model
 
 
 class OutOfTime(BaseException):
@@ -91,14 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--layers", type=int, default=2, help="of heads made from generic configurations")
-    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     made, rows = provenance(), {}
-    if options.update:
+    if options.resume and options.out.exists():
         rows = {row["model"]: row for row in json.loads(options.out.read_text())["rows"]}
     for name, heads in every_model(options.layers):
-        if options.models and name not in options.models:
+        if name in rows or (options.models and name not in options.models):
             continue
         rows[name] = {**row_of(name, heads), "commit": made["commit"]}
         print(line(rows[name]), flush=True)

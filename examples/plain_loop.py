@@ -30,14 +30,14 @@ def train(path, steps, micro_batch_size=None):
     data = [(torch.randn(256, 128), torch.randint(10, (256,))) for _ in range(20)]
     saved = torch.load(path) if path.exists() else None
     profile = memfit.Profile.from_json(saved["profile"]) if saved else None
-
     # Micro-batches of the same size add up in the same order: a resumed run is the same to the bit.
     rows = saved["rows"] if saved else micro_batch_size
     options = {"memory": "3MiB", "optimizer": optimizer, "micro_batch_size": rows}
     step = memfit.fit(model, loss_fn, data[0], profile=profile, **options)
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["random"] if saved else torch.get_rng_state())
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"])
     losses = []
     for number in range(saved["done"] if saved else 0, steps):
         loss = step(data[number])  # forward and backward of all 256 rows

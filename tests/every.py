@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
 from families import FAMILIES, SIDE, own_loss, sounds
 from hard import HARD
@@ -85,7 +86,7 @@ def heads(layers: int) -> Iterator[tuple[str, list[Specimen]]]:
 
 
 def _config_name(model_type: str) -> str:
-    return str(configuration_auto.CONFIG_MAPPING_NAMES.get(model_type, ""))
+    return str(CONFIG_MAPPING_NAMES.get(model_type, ""))
 
 
 def _of_head(task: Task, model_type: str, layers: int) -> Specimen:
@@ -108,13 +109,17 @@ def _ignoring(make: Callable[[], Any]) -> Callable[[nn.Module], Any]:
     return lambda _: make()
 
 
-def others() -> Iterator[tuple[str, list[Specimen]]]:
-    """Models with hard control flow, one thing each, and larger ones."""
+def hard_ones() -> Iterator[tuple[str, list[Specimen]]]:
+    """Models with hard control flow, one thing each."""
     for hard in HARD.values():
         yield (
             hard.name,
             [Specimen(hard.name, "hard", hard.build, _ignoring(hard.batch), hard.loss, hard.raises)],
         )
+
+
+def others() -> Iterator[tuple[str, list[Specimen]]]:
+    """The cases of the suite, and larger networks."""
     for case in CASES.values():
         yield case.name, [Specimen(case.name, "case", case.model, _ignoring(case.batch), case.loss, seed=5)]
     for zoo in ZOO.values():
@@ -124,6 +129,7 @@ def others() -> Iterator[tuple[str, list[Specimen]]]:
 
 def every_model(layers: int = 2) -> Iterator[tuple[str, list[Specimen]]]:
     """All of them: the hard ones first; heads from generic configurations have so many layers."""
-    yield from others()
-    yield from heads(layers)
+    yield from hard_ones()
     yield from families()
+    yield from heads(layers)
+    yield from others()

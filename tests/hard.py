@@ -551,6 +551,14 @@ def transforms_of_torch_func(m: Any, x: Tensor) -> Any:
 # ---- hooks -----------------------------------------------------------------------------------------------
 
 
+def _halved(module: nn.Module, grads: Any, _: Any) -> Any:
+    return tuple(grad if grad is None else grad * 0.5 for grad in grads)
+
+
+def _clamped(module: nn.Module, grads: Any) -> Any:
+    return tuple(grad if grad is None else grad.clamp(-0.01, 0.01) for grad in grads)
+
+
 class Hooked(nn.Module):
     """Hooks of every kind that change what passes."""
 
@@ -562,10 +570,8 @@ class Hooked(nn.Module):
             assert isinstance(block, nn.Sequential)
             block.register_forward_pre_hook(lambda _, args: (args[0] * 1.1,))
             block.register_forward_hook(lambda _, args, out: out + args[0].sin())
-            block[0].register_full_backward_hook(
-                lambda _, grads, __: (None if grads[0] is None else grads[0] * 0.5,)
-            )
-            block[3].register_full_backward_pre_hook(lambda _, grads: (grads[0].clamp(-0.01, 0.01),))
+            block[0].register_full_backward_hook(_halved)
+            block[3].register_full_backward_pre_hook(_clamped)
 
     def forward(self, x: Tensor) -> Tensor:
         """The blocks, with a hook on each tensor between them."""
@@ -619,7 +625,8 @@ class Noting(nn.Module):
             x = x + block(x)
             self.notes.append(x)
         penalty = torch.stack([note.abs().mean() for note in self.notes]).sum()
-        return x + penalty
+        out: Tensor = x + penalty
+        return out
 
 
 HARD["activations_kept_on_the_module"] = Hard("activations_kept_on_the_module", Noting, floats, square_loss)
@@ -633,7 +640,8 @@ def checkpoints_within_checkpoints(m: Any, x: Tensor) -> Any:
     def inner(y: Tensor) -> Tensor:
         for block in m.blocks:
             y = y + checkpoint(block, y, use_reentrant=False)
-        return m.outer(y)
+        out: Tensor = m.outer(y)
+        return out
 
     h = checkpoint(inner, x.sin(), use_reentrant=False)
     return m.outer(checkpoint(inner, h, use_reentrant=False))

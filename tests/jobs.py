@@ -219,3 +219,51 @@ def update_finds_no_memory_at_step_4() -> Workload:
     """The update of the fourth step is left half done."""
     made = job()
     return Workload(made.model, OutOfMemoryAtStep4(made.model.parameters(), lr=0.1), tiny_loss, made.batches)
+
+
+def wide_and_blocked(batch_size: int = 16) -> Workload:
+    """Blocks of which each keeps 3 MiB for each row: checkpointing saves most of it."""
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh()) for _ in range(4)]
+
+    def batch(index: int) -> Batch:
+        return {"x": torch.full((batch_size, 1024, 64), 0.1 * (index % 3))}
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = model(batch["x"]).square().mean()
+        return loss
+
+    return job(batch=batch, loss_fn=loss_fn, model=nn.Sequential(*blocks))
+
+
+def coupled(batch_size: int = 6) -> Workload:
+    """A loss that looks at all rows at once."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        outputs = model(batch["tokens"]).mean(dim=1)
+        return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+    return job(loss_fn=loss_fn, batch_size=batch_size)
+
+
+def coupled_in_two_passes(batch_size: int = 6) -> Workload:
+    """The same with its outputs given apart."""
+    made = job(batch_size=batch_size)
+
+    def outputs_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        outputs: torch.Tensor = model(batch["tokens"]).mean(dim=1)
+        return outputs
+
+    def loss_fn(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+    return Workload(made.model, made.optimizer, loss_fn, made.batches, outputs_fn=outputs_fn)
+
+
+def looks_at_its_data() -> Workload:
+    """A loss that fake tensors cannot run."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = tiny_loss(model, batch)
+        return loss * (2.0 if batch["tokens"].sum().item() > 0 else 1.0)
+
+    return job(loss_fn=loss_fn)

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -53,6 +54,36 @@ class Net(nn.Module):
         """Runs the body."""
         out: Tensor = self.body(self, x)
         return out
+
+
+class UNet(nn.Module):
+    """Skips across the whole depth, which a chain of blocks does not have."""
+
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__()
+        widths = [3, *(width << level for level in range(depth))]
+        self.down = nn.ModuleList(_twice(a, b) for a, b in pairwise(widths))
+        self.middle = _twice(widths[-1], 2 * widths[-1])
+        self.widen = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:0:-1])
+        self.up = nn.ModuleList(_twice(2 * w, w) for w in widths[:0:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Down, across and up."""
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.middle(x)
+        for widen, block in zip(self.widen, self.up, strict=True):
+            x = block(torch.cat([widen(x), skips.pop()], dim=1))
+        return x
+
+
+def _twice(inputs: int, outputs: int) -> nn.Module:
+    """Two convolutions, normalised."""
+    one, two = (nn.Conv2d(width, outputs, 3, padding=1) for width in (inputs, outputs))
+    return nn.Sequential(one, nn.GroupNorm(8, outputs), nn.SiLU(), two, nn.GroupNorm(8, outputs), nn.SiLU())
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,10 @@ def counted(seen: list[int]) -> Callable[..., Any]:
 
 def everything(rank: int) -> Told:
     """All of it, for processes take long to start."""
-    found = (same_as_one_process, hooked, in_bfloat16, nothing_to_count, of_memory, rescued, refusals)
+    found: tuple[Callable[[int], Any], ...] = (
+        *(same_as_one_process, hooked, in_bfloat16, nothing_to_count, alike_on_one, of_memory, rescued),
+        refusals,
+    )
     return {function.__name__: function(rank) for function in found}
 
 
@@ -239,6 +242,21 @@ def nothing_to_count(rank: int) -> tuple[list[Tensor], list[Tensor], float, floa
     expected.backward()
     gradients = [[p.grad for p in m.parameters() if p.grad is not None] for m in (model, other)]
     return gradients[0], gradients[1], loss.item(), expected.item()
+
+
+def alike_on_one(rank: int) -> tuple[float, float]:
+    """Class weights that count like labels on rank 0, and are too few for the labels of rank 1."""
+    weight = torch.ones(8)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) + 0.0 * weight.sum()
+
+    model = net()
+    whole = {"inputs": batches(24)[0]["inputs"], "labels": torch.arange(24) % 8}
+    whole["labels"][-3:] = 9
+    batch = own(whole, rank, 2)
+    step = memfit.fit(DistributedDataParallel(model), loss_fn, batch, memory="64MiB", micro_batch_size=5)
+    return step(batch).item(), cross_entropy(net(), whole).item()
 
 
 def peaks(rank: int, options: dict[str, Any], micro_batch_size: int | None) -> tuple[int, list[int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -61,11 +62,11 @@ def net(dtype: torch.dtype, kind: str = "net") -> Any:
     transformers: Any = importlib.import_module("transformers")  # not for the tests, which start less
     common: dict[str, Any] = {"vocab_size": _WORDS, "use_cache": False, "tie_word_embeddings": True}
     if kind == "llama":
-        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4}
+        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 86, "num_hidden_layers": 2}
         config = transformers.LlamaConfig(num_attention_heads=4, **sizes, **common)
         return transformers.LlamaForCausalLM(config).to(dtype)
     off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = transformers.GPT2Config(n_embd=64, n_layer=4, n_head=4, n_positions=_LENGTH, **off, **common)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=_LENGTH, **off, **common)
     return transformers.GPT2LMHeadModel(config).to(dtype)
 
 
@@ -148,23 +149,20 @@ class Trained(NamedTuple):
 
 def each_case(rank: int, ranks: int, cases: list[Case]) -> list[Trained]:
     """Trains once for each."""
-    return [_trained(rank, ranks, case) for case in cases]
+    known: dict[Case, list[int]] = {}
+    return [_trained(rank, ranks, case, known) for case in cases]
 
 
-def _trained(rank: int, ranks: int, case: Case) -> Trained:
+def _trained(rank: int, ranks: int, case: Case, known: dict[Case, list[int]]) -> Trained:
     is_sharded = case.engine == "FSDP2"
     model = sharded(case.dtype, case.kind) if is_sharded else replicated(case.dtype, case.kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = batches(ranks, rank, case.steps)
-
-    profile = memfit.profile(
-        model, loss_of, data[0], optimizer=optimizer, micro_batch_size=case.micro_batch_size
-    )
     step = memfit.fit(
         model,
         loss_of,
         data[0],
-        memory=_budget(profile, case.share),
+        memory=_budget(case, known, lambda: _bounds(rank, model, data[0], optimizer, case)),
         optimizer=optimizer,
         micro_batch_size=case.micro_batch_size,
         count="labels",
@@ -194,17 +192,30 @@ def _whole(tensor: Any) -> Tensor:
     return found
 
 
-def _budget(profile: memfit.Profile, share: float | None) -> int:
+def _budget(case: Case, known: dict[Case, list[int]], bounds: Callable[[], list[int]]) -> int:
     """A part of the way from the least memory to that of a plain step; the same on all ranks."""
-    if share is None:
+    if case.share is None:
         return 1 << 40
-    try:
-        memfit.find_plan(profile, memory=1)
-        raise AssertionError("a plan of one byte")
-    except memfit.InfeasibleBudget as refused:
-        least_bytes = refused.needed_bytes
-    most_bytes = memfit.find_plan(profile, memory=1 << 40).predicted_peak_bytes
-    return int(least_bytes + share * (most_bytes - least_bytes))
+    alike = case._replace(share=None)
+    if alike not in known:
+        known[alike] = bounds()
+    least_bytes, most_bytes = known[alike]
+    return int(least_bytes + case.share * (most_bytes - least_bytes))
+
+
+def _bounds(rank: int, model: nn.Module, batch: Any, optimizer: Any, case: Case) -> list[int]:
+    """The least memory and that of a plain step, as rank 0 finds them."""
+    found = [0, 0]
+    if rank == 0:
+        size = case.micro_batch_size
+        profile = memfit.profile(model, loss_of, batch, optimizer=optimizer, micro_batch_size=size)
+        try:
+            memfit.find_plan(profile, memory=1)
+            raise AssertionError("a plan of one byte")
+        except memfit.InfeasibleBudget as refused:
+            found = [refused.needed_bytes, memfit.find_plan(profile, memory=1 << 40).predicted_peak_bytes]
+    distributed.broadcast_object_list(found)
+    return found
 
 
 def _metered(

@@ -280,11 +280,13 @@ HERE = "test_advice:listed"
 ACCUMULATES = ["plan", HERE, "--memory", "1GiB", "--micro-batch-size", "2"]
 
 
-def test_the_plan_command_ends_with_a_block_of_advice(capsys: Captured) -> None:
+def test_the_plan_command_gives_a_block_of_advice_before_its_verdict(capsys: Captured) -> None:
     assert main(ACCUMULATES) == 0
     shown = capsys.readouterr().out
-    _, found, advised = shown.partition("\nadvice:\n")
+    _, found, rest = shown.partition("\nadvice:\n")
+    advised, _, verdict = rest.partition("\n\n")
     assert found
+    assert " fits into " in verdict
     assert "an epoch of 60 rows has 10 optimizer updates" in advised
     assert "beta2 0.999667 keeps the half-life of 0.999 in rows" in advised
     assert all(line.startswith("  ") for line in advised.splitlines())

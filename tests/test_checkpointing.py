@@ -27,10 +27,18 @@ from transformers import (
 )
 
 import memfit
+from memfit.core.costs import with_overhead
 from memfit.core.graph import LogEntry, LogKind, Op, OpKey, Profile, StepGraph
 from memfit.core.plan import Planner
 from memfit.core.regions import Region, can_be_region, run_regions
-from memfit.core.strategies import notable, repeated_blocks, saved_by_policy, strategies
+from memfit.core.strategies import (
+    CHECKPOINT,
+    SELECTIVE,
+    notable,
+    repeated_blocks,
+    saved_by_policy,
+    strategies,
+)
 from memfit.core.timeline import run
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.opinfo import op_info
@@ -302,6 +310,30 @@ def test_no_strategy_beats_the_plan_for_its_memory(make: Callable[[], Case]) -> 
             plan = planner.fastest(strategy.predicted_peak_bytes)
             assert plan is not None
             assert plan.predicted_step_s < strategy.predicted_step_s
+
+
+def test_strategies_pay_for_their_python_by_the_op_and_by_the_region() -> None:
+    made = gpt2()
+    graph = recorded(made.model, made.loss, made.batch)
+    found = {
+        charge: {
+            s.name: s for s in strategies(profile_of(with_overhead(graph, charge, is_asynchronous=False)))
+        }
+        for charge in (0.0, 1.0)
+    }
+    (blocks,) = repeated_blocks(graph).values()
+    assert len(blocks) == LAYERS
+    regions = [Region(ops) for ops in blocks]
+    replayed = len(run_regions(graph, regions).replayed_ops)
+    paid = {name: s.recompute_s - found[0.0][name].recompute_s for name, s in found[1.0].items()}
+    assert paid["plain"] == 0
+    plain, selective = CHECKPOINT, SELECTIVE
+    by_blocks = plain.of_an_op * replayed + plain.of_a_region * LAYERS
+    assert paid["every block"] == pytest.approx(by_blocks)
+    all_ops = sum(len(ops) for ops in blocks)
+    assert paid["matmuls saved"] == pytest.approx(
+        selective.of_an_op * all_ops + selective.of_a_region * LAYERS
+    )
 
 
 def test_of_every_k_blocks_the_first_takes_less_memory_than_the_last() -> None:

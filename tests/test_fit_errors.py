@@ -390,6 +390,16 @@ def test_torch_func_in_the_loss_is_refused_with_the_cure() -> None:
         fit(loss_fn=penalised, count="rows")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("part", [None, "1"])
+def test_a_scripted_module_is_refused_with_the_cure(part: str | None) -> None:
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    model = scripted if part is None else nn.Sequential(nn.Linear(4, 4), scripted)
+    with pytest.raises(UnsupportedModel, match=r"before torch.jit.script") as caught:
+        memfit.fit(model, lambda m, x: m(x).mean(), torch.randn(4, 4), memory="1GiB")
+    assert caught.value.owner == (part or "model")
+
+
 def weighted(m: Any, b: Any) -> Tensor:
     """A mean over the weights of classes, which no counter knows."""
     return F.cross_entropy(m(b["x"]), b["labels"], weight=torch.tensor([1.0, 5.0]))

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import memfit
-from every import others
+from every import hard_ones
 from hard import HARD, floats
 from heads import quiet
 from judged import Specimen, judged
 from models import square_loss
 
-SPECIMENS = {name: heads[0] for name, heads in others() if name in HARD}
+SPECIMENS = {name: heads[0] for name, heads in hard_ones()}
 QUICK = [
     "early_exit_of_each_row",
     "experts_of_which_some_are_empty",

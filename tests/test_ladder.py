@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import memfit
@@ -25,6 +25,7 @@ from memfit.core.plan import Planner, find_plan
 from memfit.core.timeline import run
 from memfit.errors import InfeasibleBudget
 from memfit.runtime.fake import fake_tensors
+from models import UNet
 from strategies import Piece, build, chains, profiles
 
 FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
@@ -207,34 +208,6 @@ def test_a_key_value_cache_is_planned_within_half_a_percent_of_a_step() -> None:
 # ---- what one run names works in the next ----------------------------------------------------------------
 
 
-class Across(nn.Module):
-    """A small U-Net: skips across the whole depth, which a chain of blocks does not have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([twice(3, 8), twice(8, 16)])
-        self.middle = twice(16, 32)
-        self.widen = nn.ModuleList([nn.ConvTranspose2d(32, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)])
-        self.up = nn.ModuleList([twice(32, 16), twice(16, 8)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for block in self.down:
-            x = block(x)
-            skips.append(x)
-            x = nn.functional.max_pool2d(x, 2)
-        x = self.middle(x)
-        for widen, block in zip(self.widen, self.up, strict=True):
-            x = block(torch.cat([widen(x), skips.pop()], dim=1))
-        return x
-
-
-def twice(inputs: int, outputs: int) -> nn.Module:
-    """Two convolutions, normalised."""
-    one, two = (nn.Conv2d(width, outputs, 3, padding=1) for width in (inputs, outputs))
-    return nn.Sequential(one, nn.GroupNorm(8, outputs), nn.SiLU(), two, nn.GroupNorm(8, outputs), nn.SiLU())
-
-
 def at_other_speeds(profile: Profile, seed: int) -> Profile:
     """What a noisy machine would have measured."""
     noise = random.Random(seed)
@@ -249,7 +222,9 @@ def at_other_speeds(profile: Profile, seed: int) -> Profile:
 def test_the_memory_that_is_named_does_not_depend_on_measured_seconds() -> None:
     with fake_tensors():
         batch = torch.zeros(2, 3, 16, 16)
-        profile = memfit.profile(Across(), lambda m, x: m(x).square().mean(), batch, micro_batch_size=2)
+        profile = memfit.profile(
+            UNet(width=8, depth=2), lambda m, x: m(x).square().mean(), batch, micro_batch_size=2
+        )
     needed = needed_bytes(profile)
     again = at_other_speeds(profile, 3)
     assert needed_bytes(again) == needed

@@ -107,6 +107,11 @@ def test_a_rank_without_a_valid_label_takes_part(ran: list[dict[str, Any]]) -> N
         assert loss == pytest.approx(expected, rel=1e-12)
 
 
+def test_ranks_count_by_the_counters_that_all_of_them_know(ran: list[dict[str, Any]]) -> None:
+    for loss, expected in (rank["alike_on_one"] for rank in ran):
+        assert loss == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_peak_of_each_rank_is_predicted_with_the_buckets(ran: list[dict[str, Any]]) -> None:
     for found in (rank["of_memory"] for rank in ran):
         for promised, measured in found:

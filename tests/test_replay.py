@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import random
 import weakref
@@ -388,7 +389,9 @@ def _surface(model: nn.Module) -> list[object]:
     found: list[object] = [list(model.state_dict())]
     for name, module in model.named_modules():
         tables = {k: list(v) for k, v in vars(module).items() if k.endswith("hooks") or "hooks_" in k}
-        found.append((name, module.training, sorted(vars(module)), tables, id(module.forward.__func__)))
+        found.append(
+            (name, module.training, sorted(vars(module)), tables, id(getattr(module.forward, "__func__", 0)))
+        )
     return found
 
 
@@ -410,6 +413,41 @@ def test_the_surface_of_a_model_is_untouched_also_when_the_forward_raises() -> N
         square_loss(model, batch)
     assert _surface(model) == before
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_forward_that_somebody_has_set_is_called_and_stays() -> None:
+    model, batch = _model_with_hooks(), floats().requires_grad_()
+    lin: Any = model.lin
+    own = lin.forward = functools.partial(nn.functional.linear, weight=lin.weight)
+    graph = recorded(model, square_loss, batch)
+    plain, plan = step_outcome(model, square_loss, batch), keys(graph, droppable(graph))
+    assert_same(plain, step_outcome(model, square_loss, batch, plan))
+    assert vars(lin)["forward"] is own
+    assert "forward" not in vars(model.out)
+
+
+def test_an_interrupt_inside_of_a_module_without_the_mode_leaves_no_mode_behind() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.out(m.lin(x).sin())  # type: ignore[no-any-return]
+
+    model, batch = Net(body, lin=nn.Linear(WIDTH, WIDTH), out=nn.Linear(WIDTH, WIDTH)), floats()
+    graph = recorded(model, square_loss, batch)
+    decisions = decisions_of(key for key in keys(graph, droppable(graph)) if key.op == "aten.sin.default")
+    assert decisions
+    before = _surface(model)
+
+    def interrupted(*args: Any) -> Tensor:
+        assert torch._C._len_torch_dispatch_stack() == 0, "a plain Linear runs without the mode"
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", interrupted)
+        with pytest.raises(KeyboardInterrupt), Replayer(model, decisions):
+            square_loss(model, batch)
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert _surface(model) == before
+    plan = keys(graph, droppable(graph))
+    assert_same(step_outcome(model, square_loss, batch), step_outcome(model, square_loss, batch, plan))
 
 
 def test_a_budget_that_does_not_bind_enters_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:

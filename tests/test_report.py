@@ -289,6 +289,7 @@ def test_a_plan_with_its_profile_has_a_page_and_pictures(run: Path, tmp_path: Pa
     options = ["--profile", str(run / "profile.json"), "--png", str(png), "--svg", str(svg), "--json"]
     assert main(["report", str(plan), *options]) == 0
     written = json.loads(capsys.readouterr().out)
+    assert (written.pop("schema"), written.pop("schema_version")) == ("memfit/report", 1)
     assert written == {"page": str(tmp_path / "plan.html"), "png": str(png), "svg": str(svg)}
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.read_text().startswith("<svg")

@@ -30,9 +30,11 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "workloads": {"errors", "units", "workload", "workloads"},
     "api": {*FOUNDATION, "runtime", "workload"},
     "train": {*FOUNDATION, "runtime", "workload", "api", ""},
+    "compare": {*FOUNDATION, "runtime", "workload", "api", "train", ""},
+    "doctor": {*FOUNDATION, "runtime", "api", ""},
     "integrations": {*FOUNDATION, "runtime", "workload", "api", ""},
-    "report": {*FOUNDATION, "runtime", "workload", "api", "train", "report", ""},
-    "cli": {*FOUNDATION, "runtime", "workload", "api", "train", "report", ""},
+    "report": {*FOUNDATION, "runtime", "workload", "api", "train", "compare", "doctor", "report", ""},
+    "cli": {*FOUNDATION, "runtime", "workload", "api", "train", "compare", "doctor", "report", "cli", ""},
     "__init__": {"errors", "api"},
     "__main__": {"cli"},
 }

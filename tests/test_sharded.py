@@ -69,7 +69,7 @@ def test_memory_decides_whether_gradients_are_kept_whole_and_what_is_recomputed(
     assert not no_limit.plan.recompute
     assert not middle.once
     assert not least.once
-    assert 0 < middle.plan.recompute_s < least.plan.recompute_s
+    assert 0 < middle.plan.recomputed_bytes < least.plan.recomputed_bytes
 
 
 def test_a_plan_that_crosses_every_module_still_gives_the_gradient(of_two: list[Any]) -> None:

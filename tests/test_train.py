@@ -170,6 +170,7 @@ def test_the_result_is_one_json_object_on_stdout(tmp_path: Path, capsys: Capture
     assert result["held"] is True
     assert 0 < result["measured_peak_bytes"] <= result["predicted_peak_bytes"] <= result["budget_bytes"]
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (result.pop("schema"), result.pop("schema_version")) == ("memfit/train", 1)
     assert stored["result"] == result
     assert stored["options"]["memory"] == "1GiB"
 

@@ -192,6 +192,7 @@ def _fitted_together(make: Callable[[], Job], wanted: _Wanted, ranks: Ranks) -> 
         audit = profile.audit if counter_named(wanted.count) is None else None
         splitting = Splitting(job, wanted.count, limit_bytes=budget_bytes, audit=audit)
         splitting.refuse_unknown()
+    splitting.agree(ranks)
     plan = Plan.from_json(plan_text)
     return _Fitted(job, splitting, plan, profile, lambda now: splitting.find(now, budget_bytes))
 

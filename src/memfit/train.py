@@ -111,7 +111,11 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step done: its number from 1, its loss, and what it took."""
+    """One step done: its number from 1, its loss, and what it took.
+
+    Attributes:
+        measured_peak_bytes: The highest that the metered steps so far have measured under this plan, if any.
+    """
 
     step: int
     steps: int
@@ -119,6 +123,7 @@ class StepReport:
     seconds: float
     amount: int
     unit: str
+    measured_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +231,7 @@ def _begin(options: TrainOptions, ranks: Ranks, *, is_there: bool) -> tuple[Trai
         stored = read_plan(options.out)
         return options, options.micro_batch_size if stored is None else stored.micro_batch_size
     if ranks.rank == 0:
-        start_run(options.out, _content(options, None))
+        start_run(options.out, _content(options, None, ranks.size))
     return options, options.micro_batch_size
 
 
@@ -237,17 +242,17 @@ def _train(options: TrainOptions, watch: Watcher, ranks: Ranks) -> RunResult:
     with ranks.together():
         options, pinned = _begin(options, ranks, is_there=is_there)
     if options.hard_cap_bytes is not None:
-        _cap(options.hard_cap_bytes)
+        cap(options.hard_cap_bytes)
         watch.said(f"hard cap: {format_bytes(options.hard_cap_bytes)} above what Python and torch hold")
     with _out_of_memory_named(options), _warnings_told(watch):
         run = _prepare(options, pinned, watch, ranks)
         result = _go(run, watch)
     if ranks.rank == 0:
-        write_run(options.out, _content(options, result))
+        write_run(options.out, _content(options, result, ranks.size))
     return result
 
 
-def _cap(extra_bytes: int) -> None:
+def cap(extra_bytes: int) -> None:
     """Caps this process; the worker threads start before, because their stacks count too."""
     warm = torch.ones(512, 512)
     _ = warm @ warm
@@ -256,7 +261,7 @@ def _cap(extra_bytes: int) -> None:
 
 def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher, ranks: Ranks) -> _Run:
     """Builds the workload, loads the last checkpoint if resuming, and plans."""
-    _seed_everything(options.seed)
+    seed_everything(options.seed)
     watch.said(f"building {options.target}")
     with ranks.together():
         workload = load_target(
@@ -275,28 +280,28 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher, ranks: R
         step = _fit(workload, options, replace(position, micro_batch_size=micro), watch, ranks)
         lines = _advice(workload, step, watch, ranks)
     # The training itself starts from the seed, whatever building and planning drew.
-    _seed_everything(options.seed)
+    seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
-    batches = _with_own_randomness(workload.batches_from(position.step), options.seed)
+    batches = with_own_randomness(workload.batches_from(position.step), options.seed)
     return _Run(options, workload, step, position, batches, earlier, lines, ranks)
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Starts every generator from ``seed``."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
-def _with_own_randomness(batches: Iterator[Any], seed: int) -> Iterator[Any]:
+def with_own_randomness(batches: Iterator[Any], seed: int) -> Iterator[Any]:
     """Yields ``batches``, drawn from generators of their own that start from ``seed``.
 
     A shuffling loader draws from the global generator. Training (dropout) draws from it too, so that the
     order of the data would depend on what was trained between, and a resumed run could not find it again.
     """
     training = RandomState.capture()
-    _seed_everything(seed)
+    seed_everything(seed)
     data = RandomState.capture()
     training.restore()
     while True:
@@ -360,7 +365,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             amount = _amount(batch)
             batch = own_rows(batch, run.ranks)
             if run.ranks.rank > 0:
-                _seed_everything(hash((options.seed, run.ranks.rank, done)) % 2**63)
+                seed_everything(hash((options.seed, run.ranks.rank, done)) % 2**63)
             plan = None if run.step is None else run.step.plan
             metered = _is_metered(run, done + 1)
             started = time.perf_counter()
@@ -376,7 +381,7 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
             if done > run.position.step + _WARM_STEPS:
                 plain_s.append(seconds)
             _note_new_plan(run, plan, watch)
-            watch.stepped(StepReport(done, options.steps, loss, seconds, *amount))
+            watch.stepped(StepReport(done, options.steps, loss, seconds, *amount, measured))
             if done % options.save_every == 0 or done == options.steps or asked:
                 _save(run, log, done)
     return _result(run, losses, measured, plain_s, interrupted=done < options.steps)
@@ -424,17 +429,17 @@ def _is_metered(run: _Run, number: int) -> bool:
 
 def _one_step(run: _Run, batch: Any, metered: bool) -> tuple[float, int | None]:
     """Runs one whole training step; returns its loss and, if ``metered``, its peak in bytes."""
-    body = run.step if run.step is not None else _plain_body(run.workload)
+    body = run.step if run.step is not None else plain_body(run.workload)
     if not metered:
-        return _forward_backward_update(run.workload, body, batch), None
-    entry_bytes = resident_bytes(_resident(run.workload, batch))
+        return forward_backward_update(run.workload, body, batch), None
+    entry_bytes = resident_bytes(resident(run.workload, batch))
     entry_bytes += 0 if run.step is None else run.step.held_bytes
     with PeakMeter(_device(run.workload)) as meter:
-        loss = _forward_backward_update(run.workload, body, batch)
+        loss = forward_backward_update(run.workload, body, batch)
     return loss, int(run.ranks.most(entry_bytes + meter.peak_bytes))
 
 
-def _resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
+def resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
     """Yields the tensors that are alive on the training device before a step."""
     device = _device(workload)
     everything = [*workload.model.parameters(), *workload.model.buffers(), *_leaves(batch)]
@@ -443,7 +448,7 @@ def _resident(workload: Workload, batch: Any) -> Iterator[torch.Tensor]:
     yield from (tensor for tensor in everything if tensor.device == device)
 
 
-def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Tensor], batch: Any) -> float:
+def forward_backward_update(workload: Workload, body: Callable[[Any], torch.Tensor], batch: Any) -> float:
     """Runs the step, the optimizer and ``zero_grad``; returns the loss.
 
     Raises:
@@ -456,7 +461,7 @@ def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Ten
         if not is_out_of_memory(error):
             raise
         raise RanOutOfMemory(
-            f"Out of memory in optimizer.step(): {_asked_for(str(error))}. The update may be half done, so "
+            f"Out of memory in optimizer.step(): {asked_for(str(error))}. The update may be half done, so "
             "it is not saved: the last checkpoint stays, go on from it with --resume. Free memory first, or "
             "take an optimizer that holds less."
         ) from error
@@ -464,7 +469,7 @@ def _forward_backward_update(workload: Workload, body: Callable[[Any], torch.Ten
     return float(loss)
 
 
-def _plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
+def plain_body(workload: Workload) -> Callable[[Any], torch.Tensor]:
     """Returns the step as everybody writes it."""
 
     def body(batch: Any) -> torch.Tensor:
@@ -555,7 +560,7 @@ def _result(
     )
 
 
-def _content(options: TrainOptions, result: RunResult | None) -> dict[str, Any]:
+def _content(options: TrainOptions, result: RunResult | None, processes: int) -> dict[str, Any]:
     """Returns what ``run.json`` says."""
     versions = {
         "memfit": memfit.__version__,
@@ -565,6 +570,7 @@ def _content(options: TrainOptions, result: RunResult | None) -> dict[str, Any]:
     return {
         "options": options.as_json(),
         "versions": versions,
+        "processes": processes,
         "result": None if result is None else result.as_json(),
     }
 
@@ -652,10 +658,10 @@ def _out_of_memory_named(options: TrainOptions) -> Iterator[None]:
             if options.plain
             else "Give a smaller --memory, or a larger --hard-cap: Python's own memory counts there too."
         )
-        raise RanOutOfMemory(f"Out of memory{cap}: {_asked_for(text)}. {cure}") from error
+        raise RanOutOfMemory(f"Out of memory{cap}: {asked_for(text)}. {cure}") from error
 
 
-def _asked_for(text: str) -> str:
+def asked_for(text: str) -> str:
     """Returns how much torch asked for in vain, read from its error, or else the first line of that."""
     asked = re.search(r"tried to allocate (\d+) bytes", text)
     if asked is None:

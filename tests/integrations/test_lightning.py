@@ -12,6 +12,7 @@ from lightning import pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import memfit
@@ -340,6 +341,10 @@ class Iterating(Small):
         return None
 
 
+class Sharded(DDPStrategy):
+    """By its name, one that memfit does not know."""
+
+
 class Skipping(Small):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None
@@ -353,7 +358,7 @@ class Skipping(Small):
         (Scaled, {}, "Scaled has a backward of its own"),
         (Iterating, {}, "takes the dataloader_iter"),
         (Small, {"accumulate_grad_batches": 4}, "batch_size 4 times as large"),
-        (Small, {"strategy": "ddp"}, "the strategy is DDPStrategy"),
+        (Small, {"strategy": Sharded()}, "the strategy is Sharded"),
     ],
 )
 def test_what_would_not_be_exact_is_refused_before_training(task: Any, options: Any, message: str) -> None:

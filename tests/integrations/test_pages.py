@@ -1,4 +1,4 @@
-"""The examples and pages on where people train: what they show runs."""
+"""The examples of where people train; their pages are run by ``tests/test_docs.py``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-import memfit
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("lightning", "accelerate", "plain_loop")
@@ -39,25 +36,6 @@ def _no_state_is_left() -> Iterator[None]:
 def example(name: str) -> dict[str, Any]:
     """The names that an example defines."""
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-
-
-def blocks(page: str) -> list[str]:
-    """The code that a page shows."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL)
-
-
-def parts() -> dict[str, Any]:
-    """What the pages take for granted."""
-    torch.manual_seed(0)
-    layers = [m for _ in range(6) for m in (nn.Linear(128, 128), nn.GELU())]
-    model = nn.Sequential(*layers, nn.Linear(128, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
-    batches = [(torch.randn(256, 128), torch.randint(10, (256,))) for _ in range(3)]
-    average = torch.optim.swa_utils.AveragedModel(model)
-    found: dict[str, Any] = {"torch": torch, "nn": nn, "memfit": memfit, "model": model}
-    found |= {"optimizer": optimizer, "schedule": schedule, "batches": batches, "batch": batches[0]}
-    return found | {"average": average}
 
 
 @pytest.mark.parametrize("name", ["lightning_loop", "accelerate_loop", "plain_loop"])
@@ -94,34 +72,3 @@ def test_the_lightning_module_trains_within_its_memory() -> None:
     trainer, step = example("lightning_loop")["train"]()
     assert trainer.global_step == 8
     assert step.verdict.held
-
-
-def test_the_page_on_lightning_runs() -> None:
-    from lightning import pytorch as pl
-
-    shown = example("lightning_loop")
-    data = torch.utils.data.TensorDataset(torch.randn(512, 128), torch.randint(10, (512,)))
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    names = {**parts(), "pl": pl, "module": shown["Classifier"](), "options": options}
-    names["loader"] = torch.utils.data.DataLoader(data, batch_size=256)
-    for block in blocks("lightning"):
-        exec(block, names)
-    assert names["memfit_callback"].step.verdict.held
-
-
-def test_the_page_on_accelerate_runs() -> None:
-    from accelerate import Accelerator
-
-    data = torch.utils.data.TensorDataset(torch.randn(512, 128), torch.randint(10, (512,)))
-    names = {**parts(), "Accelerator": Accelerator, "loss_fn": example("accelerate_loop")["loss_fn"]}
-    names["loader"] = torch.utils.data.DataLoader(data, batch_size=256)
-    for block in blocks("accelerate"):
-        exec(block, names)
-    assert names["step"].verdict.held
-
-
-def test_the_page_on_plain_loops_runs(tmp_path: Path) -> None:
-    names = {**parts(), "path": tmp_path / "state.pt"}
-    for block in blocks("plain_loop"):
-        exec(block, names)
-    assert len(names["notes"]) == names["step"].plan.gradient_accumulation_steps

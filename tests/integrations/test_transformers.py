@@ -32,7 +32,6 @@ from trainers import (
     texts,
 )
 
-DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 WHOLE = {"micro_batch_size": 16}
 SHORT = {"max_steps": 6}
 LISTED = ("learning_rate", "epoch")
@@ -256,9 +255,3 @@ def test_a_training_step_that_asks_for_no_loss_is_an_error(tmp_path: Path) -> No
     with pytest.raises(memfit.UnsupportedModel, match=r"OwnStep\.training_step did not call compute_loss"):
         trainer.train()
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (4, 4)
-
-
-def test_the_example_of_the_documentation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    block = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)[0]
-    exec(block.replace("runs/first", str(tmp_path)), {})
-    assert "peak" in capsys.readouterr().out

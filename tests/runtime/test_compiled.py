@@ -5,6 +5,8 @@ The judges are the plain compiled step (bitwise), the allocator, and a backend t
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -241,6 +243,80 @@ def test_a_compiled_function_hides_the_whole_model(batch: dict[str, Tensor]) -> 
     with pytest.warns(UserWarning, match="compiled_square is compiled"):
         step = memfit.fit(net, loss_of_compiled_square, batch, memory=1 << 30, micro_batch_size=ROWS)
     assert step.plan.hidden.modules == ("compiled_square",)
+
+
+class Squares:
+    """Functions, as a module of them has."""
+
+    square = staticmethod(compiled_square)
+    plain = staticmethod(torch.square)
+
+
+squares = types.ModuleType("squares")
+squares.square, squares.plain = compiled_square, torch.square  # type: ignore[attr-defined]
+squares.inner = Squares()  # type: ignore[attr-defined]
+
+
+class Holds(nn.Module):
+    """Has a compiled function among its attributes' attributes."""
+
+    def __init__(self, squares: Any) -> None:
+        super().__init__()
+        self.squares = squares
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.squares.square(x)
+        return found
+
+
+def made_by(square: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return square(model(batch["x"])).mean()
+
+    return loss_of
+
+
+def in_a_closure_within() -> Callable[..., Tensor]:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return torch.stack([squares.square(row) for row in model(batch["x"])]).mean()
+
+    return loss_of
+
+
+def of_the_module(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return squares.square(model(batch["x"])).mean()  # type: ignore[no-any-return]
+
+
+def of_an_object_in_it(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return squares.inner.square(model(batch["x"])).mean()  # type: ignore[no-any-return]
+
+
+def of_another(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    square = squares.plain(model(batch["x"]))
+    return square.mean()  # type: ignore[no-any-return]
+
+
+class CallableLoss:
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return compiled_square(model(batch["x"])).mean()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(made_by(compiled_square), in_a_closure_within(), of_the_module, of_an_object_in_it, CallableLoss()),
+        *(functools.partial(of_the_module), functools.partial(torch.mean, compiled_square)),
+    ],
+)
+def test_a_compiled_function_is_found_behind_closures_and_attributes(function: Any) -> None:
+    assert hidden_function(Net(None), [function]) in ("square", "compiled_square")
+    assert hidden_function(Holds(squares), []) == "square"
+
+
+@pytest.mark.parametrize("function", [made_by(torch.square), of_another, functools.partial(of_another)])
+def test_a_function_of_the_same_name_that_is_not_compiled_hides_nothing(function: Any) -> None:
+    assert hidden_function(Net(None), [function]) is None
+    assert hidden_function(Holds(Squares.plain), []) is None
 
 
 def test_a_disabled_function_is_not_compiled() -> None:

@@ -28,6 +28,8 @@ from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
 
 _UPDATE = "optimizer.step"
+# What `memfit plan --json` adds to a plan.
+_OF_THE_COMMAND = frozenset({"schema", "schema_version", "advice", "export", "candidates"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Plan:
             ValueError: The text is not a plan of this version.
         """
         data = _checked(text, "plan")
-        data = {k: v for k, v in data.items() if k not in ("advice", "export")}  # of `memfit plan --json`
+        data = {name: value for name, value in data.items() if name not in _OF_THE_COMMAND}
         try:
             keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
             levels = tuple(Level(*row) for row in data.pop("levels"))
@@ -161,14 +163,24 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
-        ValueError: ``memory`` or ``micro_batch_size`` cannot be read.
+        ValueError: ``memory`` cannot be read, or the profile does not hold ``micro_batch_size``.
 
     Cost: for a model of alike blocks, some small programs a kind of block and a recursion a candidate size;
     for any other, a linear program a candidate size and a mixed integer program for the winners.
     """
     budget_bytes = parse_memory(memory)
-    planner = Planner(profile, micro_batch_size)
-    return planner.fastest(budget_bytes) or planner.least(budget_bytes)
+    return Planner(profile, micro_batch_size).best(budget_bytes)
+
+
+def _pinned(profile: Profile, micro_batch_size: int) -> StepGraph:
+    """The graph of that size and no other."""
+    sizes = {graph.rows: graph for graph in profile.graphs}
+    if micro_batch_size not in sizes:
+        raise ValueError(
+            f"the profile has no micro-batch of {micro_batch_size} rows: it holds those of "
+            f"{', '.join(map(str, sorted(sizes)))}; profile the batch again"
+        )
+    return sizes[micro_batch_size]
 
 
 class Planner:
@@ -177,13 +189,17 @@ class Planner:
     def __init__(self, profile: Profile, micro_batch_size: int | None = None) -> None:
         if not any(graph.ops for graph in profile.graphs):
             raise ValueError("the profile holds no recorded step, so there is nothing to plan; profile again")
-        graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
+        graphs = profile.graphs if micro_batch_size is None else (_pinned(profile, micro_batch_size),)
         choices = Choices(profile.alignment_bytes)
         self._profile = profile
         floor = floors(profile)
         found = (Candidate(profile, graph, choices, floor[graph.held_bytes > 0]) for graph in graphs)
         self._candidates = sorted(found, key=lambda c: (c.step_s(0.0), c.steps))
         self._lowest: Plan | None = None
+
+    def best(self, budget_bytes: int) -> Plan:
+        """The fastest plan within a budget, or the one of least peak if that fits; see :func:`find_plan`."""
+        return self.fastest(budget_bytes) or self.least(budget_bytes)
 
     def fastest(self, budget_bytes: int) -> Plan | None:
         """The fastest plan within a budget, None if none was found."""
@@ -192,6 +208,16 @@ class Planner:
             if candidate.floor.total_bytes <= budget_bytes:
                 best = _faster(best, candidate, budget_bytes)
         return best
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The micro-batch sizes it weighs, that of the fastest step without recomputation first."""
+        return tuple(self._candidates)
+
+    def of_size(self, rows: int, budget_bytes: int) -> Plan | None:
+        """The fastest plan of one micro-batch size within a budget, None if none was found."""
+        (candidate,) = (c for c in self._candidates if c.graph.rows == rows)
+        return _faster(None, candidate, budget_bytes)
 
     def lowest(self) -> Plan:
         """The plan of least peak. See Note [Search] 4."""

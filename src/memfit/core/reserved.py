@@ -35,7 +35,7 @@ class Move(NamedTuple):
     size_bytes: int
 
 
-class _Recorder(Walk):
+class Recorder(Walk):
     """A walk that writes down every block that comes and goes."""
 
     def __init__(self, graph: StepGraph, levels: Mapping[int, Level], alignment_bytes: int) -> None:
@@ -71,7 +71,7 @@ def moves(graph: StepGraph, dropped: Mapping[int, Level], *, alignment_bytes: in
 
     The sum of the sizes up to a moment is what :func:`memfit.core.timeline.run` says of that moment.
     """
-    walk = _Recorder(graph, dropped, alignment_bytes)
+    walk = Recorder(graph, dropped, alignment_bytes)
     play(walk)
     return walk.moves
 

@@ -5,9 +5,11 @@ Note [Strategies]
     in the same list. Numbers nest (``stages.1.layers.0``); each depth at which modules repeat is a choice.
  2. Of every k blocks the first is checkpointed. The last would take as long and more memory: the backward
     begins with what the blocks at the end have kept.
- 3. All are run by ``core/regions.py`` and priced like a plan, but in favour of the others: an op that runs
-    again costs its own seconds and nothing else, while a plan is charged ``Op.overhead_s`` for
-    each. Really a region costs some 0.4 to 0.8 ms of Python, and selective checkpointing 0.1 ms an op.
+ 3. All are run by ``core/regions.py`` and priced by the rule of a plan: seconds of what runs again, and
+    Python where no kernel hides it. A plan pays ``Op.overhead_s`` for each op it replays, the others a
+    part of that for each op and as much as some ops for each region. By how much the others' Python is
+    cheaper or dearer is measured beside memfit's own (``benchmarks/overhead.py``: 72 us a replayed op, 15 us
+    one under a checkpoint, 36 us one of a selective region; 155 and 240 us a region).
  4. Early stop is on, as is torch's default. A block of which torch would refuse an argument stays as it is.
  5. Selective checkpointing saves what matmuls, convolutions and attention make. torchtitan runs every second
     matmul again all the same; that is a strategy of its own.
@@ -18,8 +20,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from memfit.core.candidate import Candidate
 from memfit.core.frontier import undominated
@@ -33,6 +36,18 @@ _SAVED = _MATMULS | {"convolution", "_convolution"}
 _ATTENTION = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 _HARDLY_FASTER = 0.98
 _DEPTHS = 3  # of numbers in the path of a module
+
+
+class Python(NamedTuple):
+    """Python of checkpointing, where replaying an op with memfit costs 1. See Note [Strategies] 3."""
+
+    of_an_op: float
+    of_a_region: float
+    is_of_all_ops: bool  # in the mode of selective checkpointing each op pays, twice, cached or not
+
+
+CHECKPOINT = Python(15 / 72, 155 / 72, is_of_all_ops=False)
+SELECTIVE = Python(36 / 72, 240 / 72, is_of_all_ops=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +137,22 @@ def _of_size(candidate: Candidate) -> Iterator[Strategy]:
             yield _strategy(candidate, "every k-th block", f"every {_ordinal(k)} block", name, every[::k])
         for family, half in (("matmuls saved", False), ("half the matmuls", True)):
             regions = [Region(ops, saved_by_policy(graph, ops, half=half)) for ops in blocks]
-            yield _strategy(candidate, family, family, name, regions)
+            yield _strategy(candidate, family, family, name, regions, SELECTIVE)
 
 
-def _strategy(candidate: Candidate, family: str, name: str, blocks: str, regions: list[Region]) -> Strategy:
+def _strategy(
+    candidate: Candidate,
+    family: str,
+    name: str,
+    blocks: str,
+    regions: Sequence[Region],
+    python: Python = CHECKPOINT,
+) -> Strategy:
     """Simulates and prices one."""
     profile, graph = candidate.profile, candidate.graph
     simulated = run_regions(graph, regions, alignment_bytes=profile.alignment_bytes)
     recompute_s = sum(graph.ops[op].seconds for op in simulated.replayed_ops)
+    recompute_s += python_s(graph, regions, simulated.replayed_ops, python)
     peak_bytes = candidate.base_bytes + simulated.peak.total_bytes
     return Strategy(
         family=family,
@@ -142,6 +165,23 @@ def _strategy(candidate: Candidate, family: str, name: str, blocks: str, regions
         forward_s=candidate.largest * graph.forward_s,
         recompute_s=candidate.largest * recompute_s,
     )
+
+
+def python_s(graph: StepGraph, regions: Sequence[Region], replayed: Sequence[int], python: Python) -> float:
+    """Seconds of Python that checkpointing costs in one micro-batch. See Note [Strategies] 3.
+
+    Args:
+        replayed: The ops that run again.
+    """
+    found_s = 0.0
+    if not python.is_of_all_ops:
+        found_s = python.of_an_op * sum(graph.ops[op].overhead_s for op in replayed)
+    for region in regions:
+        region_s = sum(graph.ops[op].overhead_s for op in region.ops)
+        found_s += python.of_a_region * region_s / len(region.ops)
+        if python.is_of_all_ops:
+            found_s += python.of_an_op * region_s
+    return found_s
 
 
 def _intervals(blocks: int) -> list[int]:

@@ -157,13 +157,17 @@ class Walk:
         """Adds or removes a storage from its category."""
         size = sign * self.sizes[storage]
         self._moved(BlockKind.STORAGE, storage, size)
-        maker = self.maker[storage]
-        if maker < self.first_backward and self.graph.ops[maker].key.frame != COMMUNICATION:
+        if self._is_activation(storage):
             self.activations += size
         elif self.graph.storages[storage].persists:
             self.gradients += size
         else:
             self.temporaries += size
+
+    def _is_activation(self, storage: int) -> bool:
+        """Whether an op of the forward makes a storage."""
+        maker = self.maker[storage]
+        return maker < self.first_backward and self.graph.ops[maker].key.frame != COMMUNICATION
 
     def _count_seed(self, op: int, sign: int) -> None:
         """Adds or removes the generator state that a replay of an op needs."""

@@ -23,6 +23,8 @@ Note [Logs]
     their last micro-batch ``on_step``; their value ``on_epoch`` is right all the same.
  3. A batch may run again from its start (out of memory, a broken promise): then what its first run logged or
     counted is forgotten.
+ 4. On several processes the loss is logged as that of the batch of all. What else is logged is of the rows of
+    one process, as Lightning has it, and comes together where ``sync_dist=`` or a metric says so.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ try:
 except ImportError:
     from pytorch_lightning import Callback  # type: ignore[assignment,unused-ignore]
 
-_STRATEGIES = ("SingleDeviceStrategy",)  # where more are supported, they are named here
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 _STEP = "training_step"
 _COUNTERS = ("_update_count", "_computed", "_forward_cache")
 
@@ -59,8 +61,8 @@ _COUNTERS = ("_update_count", "_computed", "_forward_cache")
 class MemfitCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Runs each batch of automatic optimization within ``memory``, as if it were run whole.
 
-    The DataLoader's batch is the effective batch: make it as large as the recipe wants, and leave
-    ``accumulate_grad_batches`` at 1. The plan is made at the first batch.
+    The DataLoader's batch is the effective batch, under DDP that of all processes: make it as large as the
+    recipe wants, and leave ``accumulate_grad_batches`` at 1. The plan is made at the first batch.
 
     Args:
         memory, micro_batch_size, count, batch_norm: As :func:`memfit.fit` has them.
@@ -69,8 +71,8 @@ class MemfitCallback(Callback):  # type: ignore[misc,unused-ignore]
         step: The :class:`memfit.Step` in use (its plan, verdict, audit); None before the first batch.
 
     Raises:
-        UnsupportedModel: At the start of ``trainer.fit``: manual optimization, several optimizers, several
-            devices, and whatever else would not be exact; says what to set instead.
+        UnsupportedModel: At the start of ``trainer.fit``: manual optimization, several optimizers, strategies
+            other than one device and DDP, and whatever else would not be exact; says what to set instead.
         MemfitError: At the first batch, as :func:`memfit.fit` does.
     """
 
@@ -165,10 +167,16 @@ def _hindrances(trainer: Any, module: Any) -> Iterator[str]:
             f"configure_optimizers of {kind} gave {len(trainer.optimizers)} optimizers, and memfit plans a "
             "batch for one: put the parameters into groups of one optimizer"
         )
-    if strategy not in _STRATEGIES or trainer.world_size > 1:
+    if strategy not in _STRATEGIES:
         yield (
-            f"the strategy is {strategy}, and memfit plans one device and one process for now: set "
-            "Trainer(devices=1, strategy='auto')"
+            f"the strategy is {strategy}, and memfit knows {' and '.join(_STRATEGIES)}: set "
+            "Trainer(strategy='ddp'), or devices=1; to shard the module, call fully_shard and memfit.fit in "
+            "a loop of your own"
+        )
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        yield (
+            "DDPStrategy(model_averaging_period=) lets the processes drift apart for some steps, and memfit "
+            "trains one model on the batch of all: leave it out"
         )
     if not _is_from(type(module).backward, package):
         yield (
@@ -242,7 +250,8 @@ class _Batches:
         loss_fn.on_batch_start = self._start
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         with self._rehearsal():
-            return api.fit(self._module, loss_fn, batch, optimizer=optimizer, scaler=scaler, **options)
+            model = self.trainer.strategy.model  # the module, in DDP on several processes
+            return api.fit(model, loss_fn, batch, optimizer=optimizer, scaler=scaler, **options)
 
     def run(self, step: Step, batch: Any, rest: Sequence[Any]) -> dict[str, Any]:
         """Forward and backward of a batch: what its ``training_step`` would return, the loss detached."""
@@ -469,11 +478,20 @@ class _Metrics:
             if not metric._update_count:  # such as one for validation
                 held.put_back()
                 continue
-            value = None if metric._forward_cache is None else metric.compute()
+            value = None if metric._forward_cache is None else _own_value(metric)
             metric._update_count = held.counters["_update_count"] + 1
             with torch.no_grad():
                 metric._reduce_states(held.states)
             metric._computed, metric._forward_cache = None, value
+
+
+def _own_value(metric: Metric) -> Any:
+    """The value of what this process has seen, as ``on_step`` has it: the others come in at the epoch."""
+    before, metric._to_sync = metric._to_sync, False
+    try:
+        return metric.compute()
+    finally:
+        metric._to_sync = before
 
 
 def _can_merge(metric: Metric) -> bool:

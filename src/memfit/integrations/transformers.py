@@ -26,6 +26,10 @@ Note [Trainer]
  7. The optimizer is made as ``train()`` would make it, and kept: the plan holds its state. If ``train()``
     makes another model (``model_init``) or somebody another optimizer, the step is made again from the
     profile.
+ 8. On several processes ``train()`` trains a DistributedDataParallel around the model. ``fit`` makes it as
+    ``train()`` would, plans for it, and hands it over when ``train()`` asks for one, so there is never a
+    second set of buckets. The effective batch is that of all processes, and so is what the loss is a mean
+    over (``average_tokens_across_devices``): ``memfit.fit`` sees to that, a micro-batch's loss meets nobody.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
@@ -51,9 +56,11 @@ from transformers.trainer_callback import CallbackHandler
 import memfit
 from memfit.api import Plan, Profile, Step, Verdict
 from memfit.errors import UnsupportedModel
+from memfit.runtime.ranks import Ranks
 
 _log = logging.getLogger("memfit")
 
+_ENGINES: Final = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate.DistributedType: one process, or DDP
 _SAMPLES_ITSELF: Final = {
     *("GRPOTrainer", "RLOOTrainer", "PPOTrainer", "OnlineDPOTrainer", "XPOTrainer", "NashMDTrainer"),
     *("GKDTrainer", "GOLDTrainer", "MiniLLMTrainer", "DistillationTrainer"),
@@ -75,6 +82,7 @@ class Fit:
         self.step = step
         self.kind = _kind(trainer)
         self._make = make
+        self._is_handed_over = not isinstance(make.model, DistributedDataParallel)
         self._trained = _Trained(make.model, _raw(trainer.optimizer))
         self._is_due = False  # a training step has begun, and its loss has not been asked for
         self._written: dict[str, int] | None = None  # the user's arguments, within the training loop
@@ -83,6 +91,11 @@ class Fit:
     def plan(self) -> Plan:
         """What is recomputed, and in which micro-batches."""
         return self.step.plan
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """The model, in DDP on several processes."""
+        return self._trained.model
 
     @property
     def verdict(self) -> Verdict | None:
@@ -132,6 +145,16 @@ class Fit:
                 )
         finally:
             self._is_due = False
+
+    def wrapped(self, trainer: Trainer, model: nn.Module) -> nn.Module | None:
+        """What ``train()`` is to train; None where that is the Trainer's to say. See Note [Trainer] 8."""
+        ours = self._trained.model
+        if self._is_handed_over or getattr(ours, "module", None) is not model:
+            return None
+        self._is_handed_over = True
+        # as accelerate would before it makes DDP: autocast, where there is one
+        trainer.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return ours
 
     def is_due(self) -> bool:
         """Whether a loss is the one to train on; true once for each training step."""
@@ -193,6 +216,11 @@ class _Fitted(Trainer):
         with self._memfit.whole_batches(self):
             return super().get_train_dataloader()
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        ours = self._memfit.wrapped(self, model) if training else None
+        found: nn.Module = super()._wrap_model(model, training, *args, **kwargs) if ours is None else ours
+        return found
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._memfit.training_step():
             loss: Tensor = super().training_step(*args, **kwargs)
@@ -243,12 +271,13 @@ def fit(
 ) -> Fit:
     """Lets ``trainer.train()`` run its effective batch within ``memory``; returns the plan.
 
-    The effective batch is ``per_device_train_batch_size * gradient_accumulation_steps``. All else is as the
-    plain Trainer would do with that batch size at once. If anything is raised, the trainer is as it was.
+    The effective batch is ``per_device_train_batch_size * gradient_accumulation_steps``, times the number of
+    processes. All else is as the plain Trainer would do with that batch size at once.
+    If anything is raised, the trainer is as it was.
     A second call plans anew.
 
     Args:
-        trainer: A ``transformers.Trainer`` or one of a subclass, for one process and one device.
+        trainer: A ``transformers.Trainer`` or one of a subclass; under torchrun (DDP) in each process.
         memory: ``"20GiB"``, ``"80%"`` of the device, or bytes: the peak of everything on the device. On CUDA
             it may be left out: what is free.
         batch: An example of the effective batch, as the collator makes it; best the longest that will come.
@@ -265,14 +294,18 @@ def fit(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer is a {type(trainer).__name__}: give a transformers.Trainer")
-    for refusal in _refusals(trainer):
-        raise UnsupportedModel(f"{refusal.owner}: {refusal.reason}", owner=refusal.owner)
+    ranks = _ranks(trainer)
+    with ranks.together():
+        for refusal in _refusals(trainer):
+            raise UnsupportedModel(f"{refusal.owner}: {refusal.reason}", owner=refusal.owner)
     options = {"micro_batch_size": micro_batch_size, "count": count, "batch_norm": batch_norm}
-    make, before = _Make(_model(trainer), memory, options), trainer.optimizer
+    before = trainer.optimizer
     try:
-        with _as_in_training(trainer):
-            trainer.create_optimizer()
-            example = trainer._prepare_inputs(_first_batch(trainer) if batch is None else batch)
+        with _as_in_training(trainer) as model:
+            make = _Make(model, memory, options)
+            with ranks.together():
+                trainer.create_optimizer()
+                example = trainer._prepare_inputs(_first_batch(trainer) if batch is None else batch)
             fitted = Fit(trainer, make.step(trainer, example, profile), make)
     except BaseException:
         trainer.optimizer = before
@@ -331,11 +364,12 @@ class _Hidden:
 def _loss(
     hidden: _Hidden, compute_loss: Callable[..., Any], facts: object, model: nn.Module, batch: Any
 ) -> Tensor:
-    """The loss of a batch or of a part of it. See Note [Trainer] 3."""
+    """The loss of a batch or of a part of it. See Note [Trainer] 3 and 8."""
     trainer = hidden()
-    items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    # compute_loss takes labels out of what it is given
-    loss: Tensor = compute_loss(trainer, model, copy.copy(batch), num_items_in_batch=items)
+    with _set(trainer.args, {"average_tokens_across_devices": False}):
+        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+        # compute_loss takes labels out of what it is given
+        loss: Tensor = compute_loss(trainer, model, copy.copy(batch), num_items_in_batch=items)
     return loss
 
 
@@ -361,8 +395,8 @@ def _first_batch(trainer: Trainer) -> Any:
 
 
 @contextmanager
-def _as_in_training(trainer: Trainer) -> Iterator[None]:
-    """The model is as ``train()`` will have it, for a while. See Note [Trainer] 6."""
+def _as_in_training(trainer: Trainer) -> Iterator[nn.Module]:
+    """The model is as ``train()`` will have it, for a while; what that trains. See Note [Trainer] 6, 8."""
     model, accelerator = _model(trainer), trainer.accelerator
     with ExitStack() as undo:
         undo.enter_context(_random_state_kept())
@@ -374,10 +408,30 @@ def _as_in_training(trainer: Trainer) -> Iterator[None]:
         if trainer.neftune_noise_alpha is not None:
             undo.enter_context(_noise(trainer))
         undo.enter_context(_entries_kept(model, "forward", "_original_forward", "_is_accelerate_prepared"))
-        accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        trained = _wrapped(trainer, model)
         vars(model)["_is_accelerate_prepared"] = True
         undo.enter_context(trainer.compute_loss_context_manager())
-        yield
+        yield trained
+
+
+def _wrapped(trainer: Trainer, model: nn.Module) -> nn.Module:
+    """The model with autocast around its forward, and in DDP where there are several processes."""
+    is_alone, earlier = trainer.args.world_size == 1, _ddp(trainer)
+    if not is_alone:
+        _kind(trainer)._wrap_model(trainer, model)  # some transformers tell accelerate DDP's arguments here
+    found: nn.Module = trainer.accelerator.prepare_model(
+        model, device_placement=False, evaluation_mode=is_alone or earlier is not None
+    )
+    return found if earlier is None else earlier
+
+
+def _ddp(trainer: Trainer) -> DistributedDataParallel | None:
+    """The one around the trainer's model that an earlier training or ``fit`` has made."""
+    made = (trainer.model_wrapped, trainer._memfit.trained_model if isinstance(trainer, _Fitted) else None)
+    of_this = (
+        ddp for ddp in made if isinstance(ddp, DistributedDataParallel) and ddp.module is trainer.model
+    )
+    return next(of_this, None)
 
 
 @contextmanager
@@ -433,6 +487,11 @@ def _batch_arguments(rows: int) -> dict[str, int]:
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
 
 
+def _ranks(trainer: Trainer) -> Ranks:
+    """The processes that train together."""
+    return Ranks() if trainer.args.world_size == 1 else Ranks.of(None, trainer.args.device)
+
+
 def _raw(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer within accelerate's."""
     is_wrapped = hasattr(optimizer, "accelerator_state") and hasattr(optimizer, "optimizer")
@@ -465,17 +524,28 @@ def _refusals(trainer: Trainer) -> Iterator[_Refusal]:
 
 
 def _of_processes(trainer: Trainer) -> Iterator[_Refusal]:
-    """More than one process, or more than one device in it."""
+    """Processes that come together in another way than DDP's, or more than one device in one."""
     engine = str(trainer.accelerator.distributed_type).rpartition(".")[2]
     if trainer.is_deepspeed_enabled:
-        yield _Refusal("deepspeed", "its engine owns the backward: leave deepspeed= out, run one process")
+        yield _Refusal(
+            "deepspeed", "its engine owns the backward: leave deepspeed= out, which trains with DDP"
+        )
     if trainer.is_fsdp_enabled:
-        yield _Refusal("fsdp", "memfit runs one process here for now: leave fsdp= out")
-    if trainer.args.world_size > 1 or engine != "NO":
+        cure = (
+            "leave fsdp= out, which trains with DDP, or shard in a loop of your own: fully_shard, memfit.fit"
+        )
+        yield _Refusal("fsdp", f"memfit knows FSDP2 outside of the Trainer only: {cure}")
+    elif engine not in _ENGINES:
         yield _Refusal(
             "world_size",
-            f"{trainer.args.world_size} processes ({engine}), and memfit runs one here for now: start one, "
-            "with gradient_accumulation_steps as many times larger for the same effective batch",
+            f"{trainer.args.world_size} processes of {engine}, and memfit knows {', '.join(_ENGINES)}: "
+            "start one, with gradient_accumulation_steps as many times larger for the same effective batch",
+        )
+    if trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices:
+        yield _Refusal(
+            "average_tokens_across_devices",
+            "False makes each process a mean over its own labels, and memfit's is over those of all: leave "
+            "it at True",
         )
     if trainer.args.n_gpu > 1:
         yield _Refusal(
@@ -538,7 +608,8 @@ def _losses(trainer: Trainer) -> list[nn.Module]:
 def _of_model(trainer: Trainer) -> Iterator[_Refusal]:
     """Models that recompute on their own, or are elsewhere than they train."""
     model = _model(trainer)
-    kind, place, target = type(model).__name__, next(model.parameters()).device, trainer.args.device
+    kind, place = type(model).__name__, next(model.parameters()).device
+    target = torch.empty(0, device=trainer.args.device).device  # accelerate says cpu:0 where tensors say cpu
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         cure = "call model.gradient_checkpointing_disable()"
         yield _Refusal(kind, f"it checkpoints already, and memfit chooses what to recompute: {cure}")

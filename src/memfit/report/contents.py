@@ -20,22 +20,13 @@ from memfit.core.outline import Outline, outline
 from memfit.core.plan import Plan, find_plan
 from memfit.core.strategies import Strategy, notable, strategies
 from memfit.core.strip import Block, blocks_of, decisions, recomputed_shares, saved_bytes
-from memfit.core.timeline import Event
+from memfit.report.categories import CATEGORIES as CATEGORIES
+from memfit.report.categories import sizes_of as sizes_of
 from memfit.report.reading import Source
 from memfit.units import format_bytes, format_seconds
 
 PLANS = 10
 _PLENTY_BYTES = 1 << 62
-# The order in which they are stacked: what lives throughout first.
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimizer state",
-    "batch",
-    "activations kept",
-    "activations recomputed",
-    "temporaries",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +136,6 @@ def held_against(content: Contents) -> list[tuple[str, str, str, str]]:
         both = format_seconds(plan.predicted_step_s), format_seconds(measured_s)
         rows.append(("step", *both, f"{plan.predicted_step_s / measured_s:.3f}"))
     return rows
-
-
-def sizes_of(event: Event) -> tuple[int, ...]:
-    """The bytes of an event in the order of ``CATEGORIES``."""
-    return (
-        event.parameters_bytes,
-        event.gradients_bytes,
-        event.optimizer_bytes,
-        event.batch_bytes,
-        event.activations_bytes,
-        event.replayed_bytes,
-        event.temporaries_bytes,
-    )
 
 
 def data(content: Contents) -> dict[str, Any]:

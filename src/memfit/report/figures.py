@@ -4,9 +4,8 @@ Note [One chart, two uses]
  1. A chart takes its rows from a named table. The page fills the table and fills it anew when the slider
     moves; a picture (PNG, SVG) has the rows in it. Both are the same chart.
  2. The axes are the same for every plan of a report, so that two pictures can be compared.
- 3. Colours of categories are those of PyTorch's memory timeline (torch/profiler/_memory_profiler.py); there
-    is none for recomputed activations, so they are a light red. On a dark page they are lighter. Thin lines
-    between neighbours tell them apart where colours do not.
+ 3. Colours of categories are those of ``categories.py``. Thin lines between neighbours tell them apart where
+    colours do not.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import altair as alt
 
 from memfit.core.frontier import Point
 from memfit.core.outline import Outline
-from memfit.report.contents import CATEGORIES, Choice, Contents, Planned, sizes_of
+from memfit.report.categories import CATEGORIES, LIGHT, sizes_of
+from memfit.report.contents import Choice, Contents, Planned
 from memfit.units import format_bytes, format_seconds
 
 Rows = list[dict[str, Any]]
 Chart = Any  # of Altair; what its methods return is typed too loosely to say more
-LIGHT = ("darkgreen", "mediumblue", "goldenrod", "black", "red", "lightsalmon", "mediumpurple")
-DARK = ("#3fa35b", "#5c82ff", "goldenrod", "#c8ccd4", "#ff4d4d", "#ffc2a8", "#b39ae6")
 _FAMILIES = ("plain", "every block", "every k-th block", "matmuls saved", "half the matmuls")
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 _RED = "#e5355f"  # to be read on light and dark
@@ -316,17 +314,22 @@ def hero(content: Contents) -> Chart:
     if planned is None:
         raise ValueError("a plain run has no timeline to draw: give a run with a plan, or a plan")
     own = planned.choices[planned.chosen]
-    pair = (("plain", planned.plain), ("memfit", own))
-    scale = axes(replace(planned, choices=(own,), chosen=0))
+    return timelines(
+        (("plain", planned.plain), ("memfit", own)), axes(replace(planned, choices=(own,), chosen=0))
+    )
+
+
+def timelines(named: Sequence[tuple[str, Choice]], scale: Axes, *, height: int = 200) -> Chart:
+    """Plans one below the other on the same axes, with a legend; the last one's budget is drawn."""
     pictures = []
-    for name, choice in pair:
+    for name, choice in named:
         tables = {
             "timeline": timeline_rows(choice.outline, scale),
             "phases": phase_rows(choice.outline, scale),
-            "marks": mark_rows(choice, scale, with_budget=choice is own),
+            "marks": mark_rows(choice, scale, with_budget=choice is named[-1][1]),
         }
         title = alt.Title(f"{name}: {_told(choice)}", subtitle=f"peak at {_short(choice.plan.peak_owner)}")
-        pictures.append(timeline(scale, tables, width=760, height=200, title=title))
+        pictures.append(timeline(scale, tables, width=760, height=height, title=title))
     chart = alt.vconcat(*pictures, _key(), spacing=14).resolve_scale(color="independent")
     return chart.configure(**config(LIGHT, is_dark=False))
 

@@ -23,7 +23,7 @@ from typing import Any
 import vl_convert
 
 import memfit
-from memfit.report import figures
+from memfit.report import categories, figures
 from memfit.report.contents import Contents, Planned, about, contents, data, held_against, verdict
 from memfit.report.reading import Source, is_number, read_source
 from memfit.units import format_bytes
@@ -100,8 +100,8 @@ def _for_script(content: Contents) -> dict[str, Any]:
     """What the script reads: data, charts and looks."""
     found: dict[str, Any] = {
         "data": data(content),
-        "light": figures.config(figures.LIGHT, is_dark=False),
-        "dark": figures.config(figures.DARK, is_dark=True),
+        "light": figures.config(categories.LIGHT, is_dark=False),
+        "dark": figures.config(categories.DARK, is_dark=True),
         "losses": figures.losses().to_dict(),
     }
     planned = content.planned
@@ -173,7 +173,7 @@ def _by_hand(planned: Planned) -> str:
         return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
     return (
         f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}), simulated by the same "
-        "code. Plans are charged for the work of replaying each op, checkpointing for nothing but its ops."
+        "code. Both are charged for their Python, as benchmarks/overhead.py measures it."
     )
 
 

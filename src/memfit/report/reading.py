@@ -101,7 +101,7 @@ def _read_run(folder: Path) -> Source:
     result, pinned = run.get("result"), options.get("micro_batch_size")
     return Source(
         title=str(options.get("target", folder.name)),
-        command=_command(options, folder),
+        command=_command(options, run.get("processes"), folder),
         plan=plan,
         profile=profile,
         losses=_losses(folder / "losses.jsonl"),
@@ -160,12 +160,14 @@ def _damaged(path: Path, why: str) -> BadReport:
     return BadReport(f"{path} is damaged ({why}). Put the file back, or run again in another --out")
 
 
-def _command(options: Mapping[str, Any], folder: Path) -> str:
+def _command(options: Mapping[str, Any], processes: object, folder: Path) -> str:
     """The command line that starts such a run."""
     words = ["memfit", "train", str(options.get("target", ""))]
     given = {name: value for name, value in options.items() if name not in _NOT_OPTIONS}
     if options.get("hard_cap_bytes") is not None:
         given["hard_cap"] = f"{options['hard_cap_bytes']}B"
+    if isinstance(processes, int) and processes > 1:
+        given["nproc"] = processes
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         if value is True:

@@ -123,7 +123,10 @@ class Accumulation:
 
 def is_nothing(weight: Weight) -> bool:
     """Whether no part of the loss counts."""
-    return not any(weight.values()) if isinstance(weight, Mapping) else weight == 0
+    if not isinstance(weight, Mapping):
+        return weight == 0
+    assert weight, "a loss has at least one term"
+    return not any(weight.values())
 
 
 def sum_of(one: Weighed, other: Weighed) -> Weighed:

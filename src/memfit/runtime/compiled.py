@@ -9,7 +9,9 @@ Note [Compiled regions]
  3. A region is entered where its compiled callable is called, in the dictionary of its module. Inside of it
     nothing is hooked: hooks would be traced into the graph.
  4. A compiled function that the model's or the loss's own code calls cannot be entered so. It is looked for
-    among the names that this code uses, and hides the whole model.
+    behind the names that this code uses: globals, what a closure holds, attributes of either, such as a
+    module's, and attributes of those; in what ``functools.partial`` holds too. It hides the whole model.
+    Attributes are looked up without running anything. What those functions call in turn is not followed.
  5. CUDA graphs (``mode="reduce-overhead"``) hand out memory that their next replay overwrites, gradients
     included, so with them the batch stays whole. On a CPU the compiler makes none.
  6. A region that writes to an argument would do so unseen by what is to be replayed, so it is refused.
@@ -18,9 +20,12 @@ Source: ``torch/_dynamo/convert_frame.py``, ``torch/_functorch/_aot_autograd/run
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import MethodType
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +77,6 @@ def hidden_function(model: nn.Module, functions: Iterable[object]) -> str | None
     """The name of a compiled function that the model's forwards or other functions call. See Note 4."""
     inside = modules_inside(compiled_regions(model))
     for function in functions:
-        if _is_compiled(function):
-            return getattr(function, "__name__", "loss_fn")
         for name in _compiled_names(function, None):
             return name
     for module in model.modules():
@@ -200,13 +203,62 @@ def _is_compiled(function: object) -> bool:
 
 
 def _compiled_names(function: object, module: nn.Module | None) -> Iterator[str]:
-    """The compiled functions among the names that a function's code uses."""
-    plain = function.__func__ if isinstance(function, MethodType) else function
-    code, known = getattr(plain, "__code__", None), getattr(plain, "__globals__", {})
-    for name in () if code is None else code.co_names:
-        own = () if module is None else (module.__dict__.get(name), getattr(type(module), name, None))
-        if any(_is_compiled(found) for found in (known.get(name), *own) if callable(found)):
-            yield name
+    """The compiled functions that a function is, holds, or names in its code."""
+    if _is_compiled(function):
+        yield getattr(function, "__name__", "loss_fn")
+    elif isinstance(function, partial):
+        for held in (function.func, *function.args, *function.keywords.values()):
+            if isinstance(held, (FunctionType, MethodType, partial)):
+                yield from _compiled_names(held, module)
+    else:
+        plain = _plain(function)
+        if isinstance(plain, FunctionType):
+            owner = getattr(function, "__self__", function) if module is None else module
+            yield from (
+                name for name, found in _named(plain, owner) if callable(found) and _is_compiled(found)
+            )
+
+
+def _plain(function: object) -> object:
+    """The function that a method is of, or that runs where an object is called."""
+    if isinstance(function, (FunctionType, MethodType)):
+        return getattr(function, "__func__", function)
+    return inspect.getattr_static(type(function), "__call__", None)
+
+
+def _named(function: FunctionType, owner: object) -> Iterator[tuple[str, object]]:
+    """What a function's code names, with its name there; ``owner`` is what a method belongs to."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    known = function.__globals__ | {name: _content(cell) for name, cell in cells}
+    yield from _named_in(function.__code__, known, owner)
+
+
+def _named_in(code: CodeType, known: dict[str, object], owner: object) -> Iterator[tuple[str, object]]:
+    """The same of some code; that of comprehensions and functions in it knows no more than it does."""
+    own = dict.fromkeys(code.co_varnames) | dict.fromkeys(code.co_varnames[: min(code.co_argcount, 1)], owner)
+    known = known | own
+    found: object = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found = inspect.getattr_static(found, name, None)
+            found = found.__func__ if isinstance(found, staticmethod) else found
+        elif instruction.opname.startswith("LOAD_"):
+            found = known.get(name) if isinstance(name, str) else None
+        else:
+            continue
+        yield str(name), found
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _named_in(inner, known, None)
+
+
+def _content(cell: CellType) -> object:
+    """What a closure holds; None where that is not there yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _is_in(name: str, outer: str) -> bool:

@@ -72,11 +72,14 @@ class Weigher:
 
     Attributes:
         known: What it counts by; None as long as that is not known.
-        alike: Others that have counted alike.
     """
 
     known: Counter | Mapping[str, Counter] | None = None
-    alike: Sequence[Alike] = ()
+
+    @property
+    def alike(self) -> Sequence[Alike]:
+        """Others that have counted alike."""
+        return ()
 
     def __call__(self, part: Any) -> float:
         """Not known for one part alone."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memfit.core.batching import parts_for
+from memfit.errors import InexactAccumulation
 from memfit.runtime.batch import rows_of
 from memfit.runtime.count import Counter, Weigher, counts_of, nothing_to_count, one
 from memfit.runtime.micro import Weight
@@ -97,7 +98,7 @@ def open_batch(
     Raises:
         Exception: What went wrong on the lowest rank where something did.
         ValueError: There is nothing to count in the whole batch.
-        InexactAccumulation: Two ways to count that were alike so far differ.
+        InexactAccumulation: Two ways to count that were alike so far differ, or none is known.
     """
     known = counter.known if isinstance(counter, Weigher) else counter
     counters = dict(known) if isinstance(known, Mapping) else {} if known is None else {"": known}
@@ -107,6 +108,7 @@ def open_batch(
     rows = 0
     try:
         if failure is None:
+            _refuse_no_counter(counters)
             rows = rows_of(batch)
             own = [counts_of(count, [batch], name)[0] for name, count in wanted]
     except Exception as error:
@@ -132,6 +134,20 @@ def open_batch(
         engine.averages,
         Way(any(metered), any(timed)),
     )
+
+
+def _refuse_no_counter(counters: Mapping[str, Counter]) -> None:
+    """Refuses a batch of several ranks where nobody knows what its loss is a mean over.
+
+    Raises:
+        InexactAccumulation: There is no counter.
+    """
+    if not counters:
+        raise InexactAccumulation(
+            "the batches of several ranks cannot be added up: it is not known what the loss is a mean over: "
+            "fit again, or say it with count=",
+            owner="loss_fn",
+        )
 
 
 def _differ(own: Sequence[float], others: Sequence[float]) -> bool:

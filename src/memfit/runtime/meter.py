@@ -35,6 +35,8 @@ from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _RecordFunctionFast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from memfit.runtime.machine import cpu_memory
+
 _RELEASED: Final = "memfit.meter.released:"
 _COLLECTIVE: Final = ("c10d::", "gloo:")
 
@@ -168,7 +170,10 @@ def resident_sizes(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int]:
-    """Returns the ``(free, total)`` bytes of ``device``; free on a CPU is what Linux gives without swapping.
+    """Returns the ``(free, total)`` bytes of ``device``.
+
+    On a CPU: the machine's memory, or what the control group of a container or a job leaves of it; free is
+    what Linux gives without swapping.
 
     Raises:
         OSError: Not a Linux machine.
@@ -179,7 +184,7 @@ def device_memory(device: torch.device | str) -> tuple[int, int]:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         return free_bytes, total_bytes
     if device.type == "cpu":
-        return _kib_field("/proc/meminfo", "MemAvailable"), _kib_field("/proc/meminfo", "MemTotal")
+        return cpu_memory()
     raise ValueError(f"the memory of {device} is not known: state it, as in memory='8GiB'")
 
 

@@ -114,6 +114,20 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def all_in(tree: Any) -> list[Tensor]:
+    """The same as a list; quick where nothing nests, as is usual."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    found: list[Tensor] = []
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (list, tuple)):
+                found.extend(all_in(item))
+    return found
+
+
 def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     """An op's arguments with every tensor changed."""
     if isinstance(tree, Tensor):

@@ -548,7 +548,7 @@ def record(
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
         hold_saved: Keep saved tensors as a plain step does, see Note 9.
     """
-    with CallSites[None](model, {}) as sites, _no_collection():
+    with CallSites[None](model) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
         recorder.adopt_external(externals)
         recorder.watch(model)
@@ -584,7 +584,7 @@ def record_update(
         externals: Every tensor that is alive before.
         state: The optimizer's state afterwards: that of which no op knows (a counter) counts all the same.
     """
-    with CallSites[None](nn.Module(), {}) as sites, _no_collection():
+    with CallSites[None](nn.Module()) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=False)
         recorder.is_forward = False
         recorder.adopt_external(externals)

@@ -28,6 +28,10 @@ Note [Replay]
 11. Parameters under ``fully_shard`` are there only while their own module runs, forward or backward. FSDP
     frees and fills their storage, which stays the same, so a record may hold them. What is wanted outside of
     its module is held, whatever the plan says (``core/barriers.py``).
+12. The hot path: an op is known by its identity, since hashing it runs Python; its function is called without
+    ``OpOverload.__call__``; and the class opts out of the guard against dynamo that torch puts around each
+    call of a mode (2.5 us): it steps aside for compiled regions anyway.
+    A module of torch's own that writes to nothing and of which nothing is planned runs without the mode.
 """
 
 from __future__ import annotations
@@ -36,16 +40,21 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 
 from memfit.core.barriers import Stretch, is_there
 from memfit.core.graph import Level, ValueKey
@@ -53,6 +62,7 @@ from memfit.runtime.callsite import CallSites
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
 from memfit.runtime.opinfo import (
     OpInfo,
+    all_in,
     all_writes,
     declared_writes,
     draws_random_numbers,
@@ -66,11 +76,14 @@ from memfit.runtime.opinfo import (
     writes_anything,
     written_statistics,
 )
+from memfit.runtime.quiet import writes_nothing
 
 # number of each output to drop -> its level
 Dropped = Mapping[int, Level]
-# frame -> op -> occurrence -> outputs to drop
-Decisions = Mapping[str, Mapping[OpOverload, Mapping[int, Dropped]]]
+# identity of an op -> occurrence -> outputs to drop
+Planned = Mapping[int, Mapping[int, Dropped]]
+# frame -> what is planned there
+Decisions = Mapping[str, Planned]
 
 
 class Handle:
@@ -130,8 +143,10 @@ class Window:
 
     def count_versions_of(self, tensor: Tensor) -> None:
         """From now on :meth:`is_modified` tells of writes to a tensor, without keeping its memory."""
-        self.counter, self.version = tensor.detach(), tensor._version
-        self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        is_plain_type = type(tensor) in (Tensor, nn.Parameter)
+        with torch._C._DisableTorchDispatch() if is_plain_type else nullcontext():  # no op of the model
+            self.counter, self.version = tensor.detach(), tensor._version
+            self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def is_modified(self) -> bool:
         """Whether autograd would refuse the saved tensor."""
@@ -201,9 +216,11 @@ class Record:
         kwargs = {name: _opened(value, private) for name, value in self.keywords.items()}
         for position in self.statistics:
             args[position] = args[position].clone()
-        with _generator_at(self, keep=stays), torch.set_grad_enabled(self.has_gradients):
-            out = self.func(*args, **kwargs)
-        results = [*declared_writes(op_info(self.func), tuple(args), kwargs), *tensors_in(out)]
+        out = self._call(args, kwargs, keep=stays)
+        info = op_info(self.func)
+        results = (
+            [*declared_writes(info, tuple(args), kwargs), *tensors_in(out)] if info.written else all_in(out)
+        )
         for number, handle in self.live_outputs():
             handle.tensor = results[number]
             if handle not in passing:
@@ -212,6 +229,13 @@ class Record:
             for handle in self.handles():
                 handle.readers = [r for r in handle.readers if r() is not self]
             self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
+
+    def _call(self, args: list[Any], kwargs: dict[str, Any], *, keep: bool) -> Any:
+        """Runs the op as it first ran; the settings of most ops are those of the backward."""
+        if self.seed is None and torch.is_grad_enabled() == self.has_gradients:
+            return self.func(*args, **kwargs)
+        with _generator_at(self, keep=keep), torch.set_grad_enabled(self.has_gradients):
+            return self.func(*args, **kwargs)
 
     def _must_copy(self, old: Handle, passing: Counter[Handle], stays: bool) -> bool:
         """Whether somebody still wants a version that the op is about to overwrite."""
@@ -224,13 +248,18 @@ class Replayer(TorchDispatchMode):
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
-        self._sites: CallSites[Mapping[OpOverload, Mapping[int, Dropped]]] = CallSites(model, decisions)
+        self._sites: CallSites[Planned] = CallSites(model, decisions, self._quieted)
         self._dropped: dict[int, tuple[Handle, StorageWeakRef]] = {}
         self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
-        self._writes: dict[OpOverload, bool] = {}
+        self._writes: dict[int, bool] = {}
         self._order = 0
         self._lock = threading.RLock()
         self._stack = ExitStack()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's guard around each call of a mode is not wanted. See Note 12."""
+        return False
 
     def __enter__(self) -> Replayer:
         self._stack.enter_context(self._sites)
@@ -250,6 +279,23 @@ class Replayer(TorchDispatchMode):
 
     # ---- forward ------------------------------------------------------------------------------------
 
+    def _quieted(self, module: nn.Module) -> Callable[..., Any] | None:
+        """The forward of a module without the mode, if that hides nothing. See Note 12."""
+        if not writes_nothing(module):
+            return None
+        forward = module.forward
+
+        def quieted(*args: Any, **kwargs: Any) -> Any:
+            if _get_current_dispatch_mode() is not self:
+                return forward(*args, **kwargs)
+            _pop_torch_dispatch_stack(None)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _push_on_torch_dispatch_stack(self)
+
+        return quieted
+
     def _around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a region that torch.compile hides. See Note 10."""
 
@@ -262,32 +308,34 @@ class Replayer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The hot path: an op outside the plan costs two look-ups and the call."""
+        """The hot path: an op outside the plan costs two look-ups and the call. See Note 12."""
+        key = id(func)
         frame = self._sites.current
-        decisions = frame.decisions
-        if decisions is not None:
-            planned = decisions.get(func)
+        if frame.decisions is not None:
+            planned = frame.decisions.get(key)
             if planned is not None:
-                dropped = planned.get(frame.occurrence(func))
+                dropped = planned.get(frame.occurrence(key))
                 if dropped is not None:
                     return self._run_recorded(func, args, kwargs or {}, dropped)
-        writes = self._writes.get(func)
+        writes = self._writes.get(key)
         if writes is None:
-            writes = self._writes[func] = writes_anything(op_info(func))
+            writes = self._writes[key] = writes_anything(op_info(func))
         if writes:
             for tensor in all_writes(op_info(func), args, kwargs or {}):
                 self._begin_version(tensor)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return func._op(*args, **kwargs) if kwargs else func._op(*args)
 
     def _run_recorded(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: Dropped
     ) -> Any:
         """Runs an op the plan names and leaves a record, unless that would not be safe here."""
         info = op_info(func)
-        written = declared_writes(info, args, kwargs)
-        self._hold_blanks(info, args, kwargs, written)
-        self._hold_barriers(args, kwargs)
-        if not self._can_record(info, args, kwargs, written):
+        written = declared_writes(info, args, kwargs) if info.written else []
+        given = all_in([*args, *kwargs.values()])
+        self._hold_blanks(info, given, written)
+        if self._sites.is_sharded:
+            self._hold_barriers(given)
+        if not self._can_record(info, given, kwargs, written):
             for tensor in all_writes(info, args, kwargs):
                 self._begin_version(tensor)
             return func(*args, **kwargs)
@@ -304,35 +352,34 @@ class Replayer(TorchDispatchMode):
             handle.readers.append(weakref.ref(record))
         if draws_random_numbers(info, func, args, kwargs):
             record.seed = _generator_state(_device_of(args, kwargs))
-        for tensor in all_writes(info, args, kwargs):
-            self._begin_version(tensor)
+        if written or record.statistics:
+            for tensor in all_writes(info, args, kwargs):
+                self._begin_version(tensor)
         out = func(*args, **kwargs)
         blank = makes_blank(info, written)
-        self._make_handles(record, [*written, *tensors_in(out)], dropped, is_blank=blank)
+        self._make_handles(record, [*written, *all_in(out)], dropped, is_blank=blank)
         return out
 
     def _can_record(
-        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
+        self, info: OpInfo, given: list[Tensor], kwargs: dict[str, Any], written: list[Tensor]
     ) -> bool:
         """Whether a replay would do the same, and could reach every argument as it is now."""
-        plain = all(is_plain(t) for t in tensors_in([*args, *kwargs.values()]))
-        same = info.may_replay and not has_own_generator(kwargs)
-        return same and plain and all(_address(t) in self._dropped for t in written)
+        if not info.may_replay or (kwargs and has_own_generator(kwargs)):
+            return False
+        return all(map(is_plain, given)) and all(_address(t) in self._dropped for t in written)
 
-    def _hold_blanks(
-        self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
-    ) -> None:
+    def _hold_blanks(self, info: OpInfo, given: list[Tensor], written: list[Tensor]) -> None:
         """Takes blank memory out of the plan if the op looks at it. See Note 9."""
         unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
-        for tensor in tensors_in([*args, *kwargs.values()]):
-            address = _address(tensor)
-            if address in self._dropped and self._dropped[address][0].is_blank and address not in unread:
-                del self._dropped[address]
+        for tensor in given:
+            found = self._dropped.get(_address(tensor))
+            if found is not None and found[0].is_blank and _address(tensor) not in unread:
+                del self._dropped[_address(tensor)]
 
-    def _hold_barriers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Takes out of the plan what could not be made again for the op. See Note 10."""
+    def _hold_barriers(self, given: list[Tensor]) -> None:
+        """Takes out of the plan what could not be made again for the op. See Note 11."""
         stretch = self._sites.current.stretch
-        for tensor in tensors_in([*args, *kwargs.values()]):
+        for tensor in given:
             address = _address(tensor)
             found = self._dropped.get(address)
             if found is not None and found[0].stretch and not is_there(found[0].stretch, stretch):
@@ -477,12 +524,12 @@ def _run_next(record: Record, passing: Counter[Handle]) -> None:
 
 def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ()) -> Decisions:
     """A plan's values to recompute, arranged for the hot path."""
-    found: dict[str, dict[OpOverload, dict[int, dict[int, Level]]]] = {}
+    found: dict[str, dict[int, dict[int, dict[int, Level]]]] = {}
     for key, level in zip(recomputed, chain(levels, repeat(Level())), strict=False):
         frame, op, nth, output = key
         namespace, name, overload = op.split(".")
         func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        found.setdefault(frame, {}).setdefault(func, {}).setdefault(nth, {})[output] = level
+        found.setdefault(frame, {}).setdefault(id(func), {}).setdefault(nth, {})[output] = level
     return found
 
 

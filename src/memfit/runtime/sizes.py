@@ -236,7 +236,8 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
     """Records really at two numbers of rows and carries the bytes over to every size.
 
     A model that runs with the rows it is written for only (a queue of them, edges of one graph) is recorded
-    whole.
+    whole. One row is a size of its own, so it is recorded too where it is wanted: other ops may run there,
+    and then nothing says which bytes grow with the rows.
     """
     few = min(_FEW_ROWS, rows)
     try:
@@ -254,7 +255,8 @@ def _record_scaled(job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[in
     """The same from a smaller and a larger size."""
     place = next(job.model.parameters()).device
     recorded: dict[tuple[int, bool], Recording] = {}
-    for size in sorted(set(sizes)):
+    wanted = [balanced_parts(rows, count)[0] for count in counts]
+    for size in sorted({*sizes} | ({1} & {*wanted})):
         part = first_rows(job.batch, rows, size)
         for resident in {count > 1 for count in counts}:
             prepare_gradients(job.model, resident=resident)
@@ -262,11 +264,11 @@ def _record_scaled(job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[in
             recorded[size, resident] = record_part(job, part, size, 1, probe, resident=resident)
     prepare_gradients(job.model, resident=False)
     found = []
-    for count in counts:
+    for count, rows_of_part in zip(counts, wanted, strict=True):
         small, large = (recorded[size, count > 1] for size in sizes)
-        graph = scaled(small.graph, large.graph, balanced_parts(rows, count)[0])
-        found.append(large._replace(graph=graph))
-        if graph.coupled and count == 1:
+        own = recorded.get((rows_of_part, count > 1))
+        found.append(own or large._replace(graph=scaled(small.graph, large.graph, rows_of_part)))
+        if found[-1].graph.coupled and count == 1:
             break
     return found
 

@@ -9,6 +9,8 @@ Note [Splitting]
     nobody knows which of them the loss is a mean over.
  4. The audit is stored with the profile and holds as long. Its counters are looked up by name again, for they
     may stand for what a loss closes over; where one is not found, the audit is made again.
+ 5. Ranks count in one meeting, so all count by the same counters: of those that count alike, only what every
+    rank can count in its own rows stays. What one rank cannot count, the loss of all is no mean over.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from memfit.runtime.job import Job
 from memfit.runtime.meter import resident_bytes
 from memfit.runtime.micro import Weight
 from memfit.runtime.normalisation import by_rows
+from memfit.runtime.ranks import Ranks
 from memfit.runtime.rescue import is_out_of_memory
 from memfit.runtime.sample import has_lists
 from memfit.runtime.terms import audit_terms
@@ -72,7 +75,7 @@ class Splitting(Weigher):
         self._job = job._replace(batch=None)
         self._limit_bytes = limit_bytes
         self.known = self._given
-        self.alike: list[Alike] = []
+        self._pairs: list[Alike | None] = []  # one for each that the audit names, None where it is not known
         self._barred: str | None = None
         self._bars = ""
         if audit is not None and not job.is_two_pass:
@@ -82,6 +85,11 @@ class Splitting(Weigher):
             self._take(stored.audit, job.batch)
             if self.known is None and stored.audit.is_exact:
                 self.audit = None  # its counter is not found: ask again
+
+    @property
+    def alike(self) -> list[Alike]:
+        """The counters in use, each with another one that has counted like it."""
+        return [pair for pair in self._pairs if pair is not None]
 
     def bar(self, owner: str, reason: str) -> None:
         """From now on every batch stays whole."""
@@ -151,6 +159,11 @@ class Splitting(Weigher):
                 "over",
                 owner=self.audit.owner,
             )
+
+    def agree(self, ranks: Ranks) -> None:
+        """Keeps the counters that every rank knows, see Note [Splitting] 5. A meeting."""
+        of_all = zip(*ranks.table([pair is not None for pair in self._pairs]), strict=True)
+        self._pairs = [pair for pair, known in zip(self._pairs, of_all, strict=True) if all(known)]
 
     def find(self, profile: Profile, memory: int, batch: Any = None) -> Plan:
         """The best exact plan. Without a batch nothing new can be proved, and what is not proved stays whole.
@@ -262,15 +275,15 @@ class Splitting(Weigher):
         unknown = next((one for one in named.values() if one is not None and one not in known), None)
         if unknown is not None:
             found = undecided(f"'{unknown}' cannot be counted in this batch")
-        self.audit, self.known, self.alike = found, None, []
+        self.audit, self.known, self._pairs = found, None, []
         if not found.is_exact:
             return
         counters = {name: known[one] for name, one in named.items() if one is not None}
         self.known = counters if found.terms else counters[""]
         for name, audit in found.terms or (("", found),):
             if audit.counter is not None and audit.counter != SUM:
-                pairs = [(other, known[other]) for other in audit.alike if other in known]
-                self.alike += [Alike(audit.counter, counters[name], *pair) for pair in pairs]
+                own = (audit.counter, counters[name])
+                self._pairs += [Alike(*own, n, known[n]) if n in known else None for n in audit.alike]
 
     def _refuse_difference(self, parts: Sequence[Any]) -> None:
         """See Note [Splitting] 3."""

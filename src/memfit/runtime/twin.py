@@ -114,7 +114,7 @@ class Twin:
 
         An error of the user's own says what was probed.
         """
-        sites: CallSites[None] = CallSites(self.model, {})
+        sites: CallSites[None] = CallSites(self.model)
         self._streams.restore()
         try:
             with ExitStack() as stack:

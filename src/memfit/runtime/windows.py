@@ -136,6 +136,8 @@ def windows(
 ) -> Windows[Batch]:
     """Returns windows of micro-batches whose weights make gradient accumulation exact, in one's own loop.
 
+    ::
+
         for window in memfit.windows(loader, gradient_accumulation_steps=4, count="shifted_labels"):
             for micro_batch, weight in window:
                 (weight * loss_fn(model, micro_batch)).backward()

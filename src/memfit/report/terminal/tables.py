@@ -1,18 +1,14 @@
-"""What the command line shows: plans, progress and results, drawn with rich.
-
-Data goes to stdout, progress to stderr. Decides nothing and imports no torch.
-"""
+"""Tables: a plan, what was tried for it, a frontier, what is done by hand, a run."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from memfit.core.hidden import KNOB, told
@@ -22,26 +18,19 @@ if TYPE_CHECKING:
     from memfit.core.allocator import Memory
     from memfit.core.plan import Plan
     from memfit.core.strategies import Strategy
-    from memfit.train import RunResult, StepReport
-
-_BARS = "▁▂▃▄▅▆▇█"
-_LINE_EVERY_S = 5.0  # without a terminal: one line of progress at most this often
+    from memfit.core.tried import Tried
+    from memfit.train import RunResult
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """Returns a line of blocks as high as ``values``, from the smallest to the largest of them."""
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
+_BAR_CELLS = 10
+_LEAST_CELLS = 10  # of a column that may break its lines
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Returns a table of names and what they are."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
     return table
@@ -82,28 +71,94 @@ def plan_table(plan: Plan, title: str, *cuda: Memory) -> Table:
     return facts(title, rows)
 
 
+def columns(title: str, names: Sequence[str], numbers: Sequence[str], more: Sequence[str] = ()) -> Table:
+    """Returns an empty table with columns of names, of numbers (to the right), and of more names.
+
+    What is too wide goes on in the next line: nothing is cut off.
+    """
+    table = _Columns(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for head in names:
+        table.add_column(head, no_wrap=True, overflow="fold")
+    for head in numbers:
+        table.add_column(head, no_wrap=True, overflow="fold", justify="right")
+    for head in more:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+class _Columns(Table):
+    """A table that would rather break its lines than cut them off, where the window is narrow."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it."""
+        whole = [column for column in self.columns if column.no_wrap]
+        rest = len(self.columns) - len(whole)
+        least = sum(_widest(column) for column in whole) + rest * _LEAST_CELLS
+        if least + 2 * len(self.columns) > options.max_width:
+            self.padding = (0, 1, 0, 0)
+        if least + len(self.columns) > options.max_width:
+            for column in whole:
+                column.no_wrap = False
+                column.header = str(column.header).replace("-", "- ")  # where a line may break
+        yield from super().__rich_console__(console, options)
+
+
+def _widest(column: Column) -> int:
+    """The cells of the longest entry of a column of texts."""
+    return max(cell_len(str(entry)) for entry in (column.header, *column.cells))
+
+
+class Bar:
+    """A share as a bar, never empty."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it; with ASCII where there is nothing else."""
+        cells = max(1, round(self._share * min(_BAR_CELLS, options.max_width)))
+        yield Text(("#" if options.ascii_only else "█") * cells)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """It has room in a few cells."""
+        return Measurement(1, _BAR_CELLS)
+
+
+def tried_table(sizes: Sequence[Tried]) -> Table:
+    """Returns the micro-batch sizes that were weighed, the chosen one marked; ">=" is a bound."""
+    table = columns("candidates", ("", "micro-batches"), ("peak", "step", "recomputed"), ("why not",))
+    for size in sizes:
+        least = ">= " if size.is_bound else ""
+        again_s, step_s = size.recompute_s, size.predicted_step_s
+        share = "-" if not again_s or not step_s else f"{least}{again_s / step_s:.1%}"
+        table.add_row(
+            ">" if size.is_chosen else "",
+            f"{size.gradient_accumulation_steps} x {size.micro_batch_size} rows",
+            "-" if size.predicted_peak_bytes is None else format_bytes(size.predicted_peak_bytes),
+            "-" if step_s is None else f"{least}{format_seconds(step_s)}",
+            "nothing" if again_s == 0 and not size.is_bound else share,
+            "chosen" if size.is_chosen else size.why_not,
+            style="bold" if size.is_chosen else "",
+        )
+    return table
+
+
 def frontier_table(plans: Sequence[Plan], title: str) -> Table:
     """Returns the plans of a frontier as a table; "recomputed" is a share of the step, a bar its seconds."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("memory", "micro-batches", "recomputed", "step", "slower"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = columns(title, (), ("memory", "micro-batches", "recomputed", "step", "slower"), ("",))
     fastest_s, slowest_s = (pick(plan.predicted_step_s for plan in plans) for pick in (min, max))
     for plan in plans:
         table.add_row(
             *_point(plan),
             f"{plan.predicted_step_s / fastest_s:.2f} x",
-            "█" * max(1, round(10 * plan.predicted_step_s / slowest_s)),
+            Bar(plan.predicted_step_s / slowest_s),
         )
     return table
 
 
 def strategy_table(strategies: Sequence[Strategy], plans: Sequence[Plan]) -> Table:
     """Returns what recomputing by hand costs, and the step of the fastest of ``plans`` in the same memory."""
-    table = Table(title="by hand", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("strategy", no_wrap=True)
-    for name in ("memory", "micro-batches", "recomputed", "step", "memfit"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = columns("by hand", ("strategy",), ("memory", "micro-batches", "recomputed", "step", "memfit"))
     for strategy in strategies:
         within = [p for p in plans if p.predicted_peak_bytes <= strategy.predicted_peak_bytes]
         there_s = min((plan.predicted_step_s for plan in within), default=None)
@@ -122,8 +177,8 @@ def strategy_notes(strategies: Sequence[Strategy]) -> str:
         return "The model has no repeated blocks, so there is nothing to checkpoint by hand."
     return (
         f"By hand: torch.utils.checkpoint around blocks ({'; or '.join(blocks)}). "
-        "memfit: the step of the best plan above in that memory, over this one. Plans are charged for "
-        "the work of replaying each op, checkpointing for nothing but its ops."
+        "memfit: the step of the best plan above in that memory, over this one. Both are charged for "
+        "their Python, as benchmarks/overhead.py measures it."
     )
 
 
@@ -135,17 +190,6 @@ def _point(point: Plan | Strategy) -> tuple[str, str, str, str]:
         f"{point.recompute_s / point.predicted_step_s:.1%}" if point.recompute_s else "nothing",
         format_seconds(point.predicted_step_s),
     )
-
-
-def plan_verdict(plan: Plan, title: str) -> str:
-    """Returns the plan in one line."""
-    fits = f"{title} fits into {format_bytes(plan.budget_bytes)}"
-    how = f"{plan.gradient_accumulation_steps} micro-batches of at most {plan.micro_batch_size} rows"
-    if plan.gradient_accumulation_steps == 1:
-        how = "the whole batch at once"
-    if plan.recomputes == 0:
-        return f"{fits}: {how}, nothing recomputed."
-    return f"{fits}: {how}, {plan.recompute_s / plan.predicted_step_s:.1%} of a step spent recomputing."
 
 
 def recomputed_share(recompute_s: float, forward_s: float) -> str:
@@ -167,8 +211,17 @@ def result_table(result: RunResult) -> Table:
         )
     if result.median_step_s is not None:
         rows.append(("median step", format_seconds(result.median_step_s)))
+    if result.plan is not None:
+        rows += _over(result.plan, result.measured_peak_bytes, result.median_step_s)
     rows.append(("saved in", str(result.out)))
     return facts("Stopped early" if result.interrupted else "Done", rows)
+
+
+def _over(plan: Plan, measured_bytes: int | None, measured_s: float | None) -> list[tuple[str, str]]:
+    """Returns predicted over measured, of what was measured."""
+    told = [f"{plan.predicted_peak_bytes / measured_bytes:.4f} of the peak"] if measured_bytes else []
+    told += [f"{plan.predicted_step_s / measured_s:.2f} of the step"] if measured_s else []
+    return [("predicted/measured", ", ".join(told))] if told else []
 
 
 def _held(result: RunResult) -> str:
@@ -186,72 +239,3 @@ def _recomputed(plan: Plan) -> str:
 
 def _share(plan: Plan) -> str:
     return f"{plan.predicted_peak_bytes / plan.budget_bytes:.1%}"
-
-
-class TerminalWatcher:
-    """Shows a run while it goes on: one live line in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live: Live | None = None
-        self._plan: Plan | None = None
-        self._started_s = 0.0
-        self._done = 0
-        self._first = 0
-        self._printed_s = float("-inf")
-
-    def __enter__(self) -> TerminalWatcher:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def said(self, text: str) -> None:
-        """Prints a line about what is being done."""
-        self._console.print(Text(text, style="dim"), soft_wrap=True)
-
-    def planned(self, plan: Plan) -> None:
-        """Prints the plan, in one line if it corrects an earlier one."""
-        if self._plan is None:
-            self._console.print(plan_table(plan, "Plan"))
-        else:
-            self.said(f"planned again from what was measured: {plan_verdict(plan, 'the step')}")
-        self._plan = plan
-
-    def stepped(self, report: StepReport) -> None:
-        """Shows one step done."""
-        now_s = time.monotonic()
-        if self._done == 0:
-            self._started_s, self._first = now_s, report.step
-        self._done += 1
-        if self._console.is_terminal:
-            self._draw(report)
-        elif now_s - self._printed_s >= _LINE_EVERY_S or report.step == report.steps:
-            self._printed_s = now_s
-            self._console.print(Text(" ".join(self._words(report))), soft_wrap=True)
-
-    def _draw(self, report: StepReport) -> None:
-        """Redraws the live line."""
-        line = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=report.steps, completed=report.step, width=20)
-        line.add_row(bar, *self._words(report))
-        if self._live is None:
-            self._live = Live(console=self._console, refresh_per_second=4)
-            self._live.start()
-        self._live.update(line)
-
-    def _words(self, report: StepReport) -> list[str]:
-        """Returns the parts of a line of progress."""
-        words = [
-            f"step {report.step}/{report.steps}",
-            f"loss {report.loss:.4f}",
-            f"{report.amount / report.seconds:,.0f} {report.unit}/s",
-        ]
-        if self._plan is not None:
-            peak, budget = self._plan.predicted_peak_bytes, self._plan.budget_bytes
-            words.append(f"peak {format_bytes(peak)} of {format_bytes(budget)}")
-        if self._done > 1:
-            per_step_s = (time.monotonic() - self._started_s) / (report.step - self._first)
-            words.append(f"{format_seconds(per_step_s * (report.steps - report.step))} left")
-        return words

@@ -1,0 +1,176 @@
+"""The tables of measured figures in the pages under docs/; ``benchmarks/render.py`` writes them there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from figures import newest
+
+from memfit.units import format_bytes, format_seconds
+
+MARKED = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end of measured -->)", re.DOTALL)
+_TRAPS = {
+    "mse mean": "a mean over rows, the last micro-batch shorter",
+    "token ce": "cross-entropy over tokens, some ignored (-100)",
+    "causal ce": "the same, labels shifted by one",
+    "class-weighted ce": "cross-entropy with class weights",
+    "ce sum": "a sum, divided all the same",
+    "token ce + auxiliary loss by rows": "a mean over tokens plus a mean over rows, in one number",
+    "rmse": "the root of a mean",
+    "InfoNCE": "contrastive (InfoNCE)",
+    "normalised advantages": "advantages normalised over the batch",
+    "BatchNorm": "BatchNorm in training mode",
+    "spectral norm": "spectral norm, which changes in each forward",
+    "clamping hook": "a hook that clamps the gradient",
+}
+
+
+def filled(text: str, where: str) -> str:
+    """A page with every marked table made anew; ``where`` leads from it to the root, such as "../"."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{_TABLES[found[2]](where)}\n\n{found[3]}", text)
+
+
+def _table(head: str, rows: Iterable[Iterable[object]], kind: str, where: str) -> str:
+    """A table in Markdown, and the run it is from."""
+    names = head.split("|")
+    lines = [f"| {' | '.join(n.strip() for n in names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    _, run = newest(kind, where)
+    return "\n".join([*lines, "", f"Run: {run}, `benchmarks/{kind}.py`."])
+
+
+def _of(kind: str, /, **wanted: object) -> list[dict[str, Any]]:
+    """The rows of the newest result that are as wanted."""
+    rows: list[dict[str, Any]] = newest(kind)[0]
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def _traps(where: str) -> str:
+    rows = (
+        (
+            _TRAPS[row["name"]],
+            f"{row['by_hand']:.1%}",
+            f"{row['memfit']:.0e}" if row["is_split"] else f"{row['memfit']:.0f}, batch kept whole",
+        )
+        for row in _of("traps", kind="trap")
+    )
+    return _table(
+        "the loss, or what the model does | error by hand | error with memfit", rows, "traps", where
+    )
+
+
+def _coupled(where: str) -> str:
+    rows = (
+        (r["name"].replace("_", " "), f"{r['error']:.0e}") for r in _of("accumulation", kind="two passes")
+    )
+    return _table("loss that couples the rows | error in two passes", rows, "accumulation", where)
+
+
+def _bfloat16(where: str) -> str:
+    errors = {row["name"]: row["error"] for row in _of("accumulation", kind="bfloat16")}
+    names = {
+        "plain accumulation": "by hand, in bfloat16",
+        "rounded once": "memfit: float32, rounded once at the end",
+        "float32 sums kept": "memfit, with `parameter.grad_dtype = torch.float32`",
+    }
+    rows = ((told, f"{errors[name]:.1e}") for name, told in names.items())
+    return _table("256 micro-batches added up | error of the sum", rows, "accumulation", where)
+
+
+def _parts(where: str) -> str:
+    rows = (
+        (
+            f"{64 // row['micro_batch_size']} x {row['micro_batch_size']}",
+            format_bytes(row["peak_bytes"]),
+            format_seconds(row["step_cpu_s"]),
+        )
+        for row in _of("traps", kind="parts")
+    )
+    return _table("64 rows as | peak | processor time of a step", rows, "traps", where)
+
+
+def _wide(where: str) -> str:
+    rows = (
+        (
+            f"{16 // row['micro_batch_size']} x {row['micro_batch_size']}",
+            format_bytes(row["peak_bytes"]),
+            format_bytes(row["gradients_bytes"]),
+        )
+        for row in _of("traps", kind="wide")
+    )
+    return _table("16 rows as | peak | of which gradients", rows, "traps", where)
+
+
+def _recomputing(where: str) -> str:
+    plain = _of("traps", kind="parts", micro_batch_size=64)[0]
+    blocks = _of("traps", kind="every block")[0]
+    ways = [("nothing recomputed", plain), ("every block checkpointed", blocks)]
+    ways += [(f"memfit, {format_bytes(r['budget_bytes'])}", r) for r in _of("traps", kind="memfit")]
+    rows = (
+        (
+            name,
+            format_bytes(row["peak_bytes"]),
+            format_seconds(row["step_cpu_s"]),
+            f"{row['step_cpu_s'] / plain['step_cpu_s'] - 1:+.0%}",
+        )
+        for name, row in ways
+    )
+    return _table("all 64 rows at once | peak | processor time of a step | more time", rows, "traps", where)
+
+
+def _rivals(where: str) -> str:
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in _of("recompute")):
+        own = [row for row in _of("recompute", model=model) if "factor" in row]
+        least = next(
+            r["least_over_blocks"] for r in _of("recompute", model=model) if "least_over_blocks" in r
+        )
+        rows.append((model, *(f"{row['ratio']:.0%}" for row in own), f"{least:.0%}"))
+    head = "model | same memory | 1.5 times | 2 times | 3 times | least memory that works"
+    return _table(head, rows, "recompute", where)
+
+
+def _large(where: str) -> str:
+    large = newest("large")[0]
+    rows = []
+    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in large["plans"]):
+        own = [row for row in large["plans"] if (row["model"], row["dtype"]) == (model, dtype)]
+        rows.append((f"{model}, {dtype}", *(f"{row['extra_over_plain_step']:.1%}" for row in own)))
+    return _table("predicted for an H100 | 60 % | 50 % | 40 % of the activations", rows, "large", where)
+
+
+def _heads(where: str) -> str:
+    built = _of("heads", built=True)
+    ran = [row["relative_error"] for row in built if row["relative_error"] is not None]
+    rows = [(len(built), len(ran), f"{max(ran):.0e}", len(built) - len(ran))]
+    head = "heads of `transformers` | split | worst error of a gradient | refused, with the reason"
+    return _table(head, rows, "heads", where)
+
+
+def _audit(where: str) -> str:
+    rows = (
+        (
+            row["model"],
+            "coupled" if row["counter"] is None else "the model's own",
+            f"{row['rows']} x {row['tokens']}",
+            format_seconds(row["audit_cpu_s"]),
+        )
+        for row in newest("audit_cost")[0]
+    )
+    return _table("model | loss | rows x tokens | the audit takes", rows, "audit_cost", where)
+
+
+_TABLES: dict[str, Callable[[str], str]] = {
+    "traps": _traps,
+    "coupled": _coupled,
+    "bfloat16": _bfloat16,
+    "parts": _parts,
+    "wide": _wide,
+    "recomputing": _recomputing,
+    "rivals": _rivals,
+    "large": _large,
+    "heads": _heads,
+    "audit": _audit,
+}
