@@ -7,7 +7,8 @@ buffers and random state are compared with those of the plain step to the bit; p
 own, of one step under a prediction that no run has corrected. Where that was too low, a step that meters
 itself, as each first one does, is to plan again or to name the memory that is enough, which it is then given.
 Fails if anything differs, a peak is above its budget, or memfit raises what it does not raise by design.
-Results are written after each model, with its commit; ``--resume`` keeps those that are in the file.
+Results are written after each model, with its commit; ``--resume`` keeps those that are in the file, but for
+models that were not built.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     made, rows = provenance(), {}
     if options.resume and options.out.exists():
-        rows = {row["model"]: row for row in json.loads(options.out.read_text())["rows"]}
+        former = json.loads(options.out.read_text())["rows"]
+        rows = {row["model"]: row for row in former if row["status"] != "not built"}
     for name, heads in every_model(options.layers):
         if name in rows or (options.models and name not in options.models):
             continue

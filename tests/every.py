@@ -51,9 +51,11 @@ _ORDER = ("causal", "masked", "seq2seq", "token classification", "sequence class
 EVERY_TASK = (*(TASKS[name] for name in _ORDER), *OTHER_TASKS)
 
 
-def _head(task: Task, model_type: str, layers: int) -> nn.Module:
-    """A head of some layers; of pictures of few pixels."""
-    config = small_config(model_type, layers, drops=True)
+def _head(task: Task, model_type: str, layers: int, *, plainest: bool = False) -> nn.Module:
+    """A head of some layers; of pictures of few pixels; the plainest has one layer and no cache."""
+    config = small_config(model_type, 1 if plainest else layers, drops=True)
+    if plainest:
+        config.use_cache = False
     for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         if part is not None and isinstance(getattr(part, "image_size", None), int):
             part.image_size = SIDE
@@ -82,17 +84,19 @@ def heads(layers: int) -> Iterator[tuple[str, list[Specimen]]]:
     for model_type in types:
         if _config_name(model_type) not in own:
             tried = [task for task in EVERY_TASK if model_type in task.models]
-            yield model_type, [_of_head(task, model_type, layers) for task in tried]
+            yield (
+                model_type,
+                [_of_head(task, model_type, layers, plainest=way) for way in (False, True) for task in tried],
+            )
 
 
 def _config_name(model_type: str) -> str:
     return str(CONFIG_MAPPING_NAMES.get(model_type, ""))
 
 
-def _of_head(task: Task, model_type: str, layers: int) -> Specimen:
-    return Specimen(
-        model_type, task.name, partial(_head, task, model_type, layers), partial(_batch, task), own_loss
-    )
+def _of_head(task: Task, model_type: str, layers: int, *, plainest: bool) -> Specimen:
+    build = partial(_head, task, model_type, layers, plainest=plainest)
+    return Specimen(model_type, task.name, build, partial(_batch, task), own_loss)
 
 
 def families() -> Iterator[tuple[str, list[Specimen]]]:
