@@ -189,7 +189,6 @@ class _Run:
     position: Position
     batches: Iterator[Any]
     earlier: tuple[float, ...]
-    advice: tuple[str, ...]
     ranks: Ranks
 
 
@@ -274,17 +273,19 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher, ranks: R
             watch.said(f"resuming after step {position.step}")
         earlier = cut_losses(options.out, position.step) if options.resume and ranks.rank == 0 else ()
         workload.model.train()
-    step, lines = None, tuple[str, ...]()
+    step = None
     if not options.plain and position.step < options.steps:
         micro = position.micro_batch_size or pinned
         step = _fit(workload, options, replace(position, micro_batch_size=micro), watch, ranks)
-        lines = _advice(workload, step, watch, ranks)
+        lines = _advice(workload, step, ranks)
+        if lines:
+            watch.said(block(lines))
     # The training itself starts from the seed, whatever building and planning drew.
     seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
     batches = with_own_randomness(workload.batches_from(position.step), options.seed)
-    return _Run(options, workload, step, position, batches, earlier, lines, ranks)
+    return _Run(options, workload, step, position, batches, earlier, ranks)
 
 
 def seed_everything(seed: int) -> None:
@@ -343,13 +344,10 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
     return step
 
 
-def _advice(workload: Workload, step: Step, watch: Watcher, ranks: Ranks) -> tuple[str, ...]:
-    """Returns what could be done besides the plan, and says it."""
+def _advice(workload: Workload, step: Step, ranks: Ranks) -> tuple[str, ...]:
+    """Returns what could be done besides the plan, in seconds of the speed known by now."""
     epoch = workload.rows_per_epoch(step.plan.rows * ranks.size)
-    lines = advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
-    if lines:
-        watch.said(block(lines))
-    return lines
+    return advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
 
 
 def _go(run: _Run, watch: Watcher) -> RunResult:
@@ -555,7 +553,7 @@ def _result(
         held=held,
         interrupted=interrupted,
         out=run.options.out,
-        advice=run.advice,
+        advice=() if run.step is None else _advice(run.workload, run.step, run.ranks),
         is_first=run.ranks.rank == 0,
     )
 
