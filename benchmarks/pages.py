@@ -165,8 +165,8 @@ def _audit(where: str) -> str:
 
 def _zoo(where: str) -> str:
     head = (
-        "models | judged | planned and run | runs | any bit differs | above the budget | first prediction "
-        "too low | first prediction over measured peak: lowest, median, highest"
+        "models | judged | planned and run | runs | any bit differs | first prediction too low | above the "
+        "budget after the first step saw that | first prediction over measured peak: lowest, median, highest"
     )
     return _table(head, zoo_tables.kinds(), "zoo", where)
 

@@ -61,9 +61,9 @@ def _promises() -> list[Row]:
             run,
         ),
         (
-            "measured peak above the budget; of these runs, first prediction too low, noticed by the first "
-            "step and mended",
-            f"{zoo_tables.above(zoo)} of {len(runs)}; {mended}",
+            "first prediction too low, so that a first step went above it; each was noticed by that step, which "
+            "planned again or was undone and named the memory that is enough; peaks above the budget after that",
+            f"{mended} of {len(runs)}; {zoo_tables.above(zoo)}",
             run,
         ),
         ("first prediction over measured peak: lowest, median, highest", zoo_tables.spread(zoo), run),

@@ -75,7 +75,7 @@ def _counted(name: str, rows: list[Found]) -> list[object]:
     able = judged(rows)
     planned = [row for row in rows if row["status"] == "planned"]
     mended = sum(run["is_mended"] for run in runs_of(rows))
-    return [name, len(able), len(planned), len(runs_of(rows)), wrong(rows), above(rows), mended, spread(rows)]
+    return [name, len(able), len(planned), len(runs_of(rows)), wrong(rows), mended, above(rows), spread(rows)]
 
 
 def unplanned() -> Rows:
