@@ -61,8 +61,8 @@ def _promises() -> list[Row]:
             run,
         ),
         (
-            "first prediction too low, so that a first step went above it; each was noticed by that step, which "
-            "planned again or was undone and named the memory that is enough; peaks above the budget after that",
+            "first prediction too low, so that a first step went above it; each such step noticed, and "
+            "planned again or was undone and named the memory it needs; peaks above the budget then",
             f"{mended} of {len(runs)}; {zoo_tables.above(zoo)}",
             run,
         ),
