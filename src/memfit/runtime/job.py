@@ -53,8 +53,8 @@ def check_model(model: nn.Module) -> torch.device:
     Raises:
         TypeError: It is no module.
         ValueError: Nothing is trainable, or autograd is off for good.
-        UnsupportedModel: Its parameters are on several devices, or one has a hook that would step
-            the optimizer inside the backward.
+        UnsupportedModel: Its parameters are on several devices, one has a hook that would step the
+            optimizer inside the backward, or a part is scripted.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     if torch.is_inference_mode_enabled():
@@ -65,6 +65,7 @@ def check_model(model: nn.Module) -> torch.device:
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
             "train: call requires_grad_() on what is to be trained"
         )
+    _refuse_scripts(model)
     for name, parameter in trained:
         refuse_accumulation_hooks(name, parameter)
     places = {p.device: name for name, p in model.named_parameters()}
@@ -76,6 +77,18 @@ def check_model(model: nn.Module) -> torch.device:
             owner=second,
         )
     return next(iter(places))
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """Raises for a part that TorchScript compiled: it optimises its ops anew from step to step."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                f"'{name or 'model'}' is a ScriptModule: TorchScript changes its ops from step to step, and "
+                "its parameters are no attributes of a Python module. Give memfit the module before "
+                "torch.jit.script or torch.jit.trace",
+                owner=name or "model",
+            )
 
 
 def record_part(

@@ -12,6 +12,7 @@ from memfit.core.costs import Measured, measured, quicker
 from memfit.core.devices import Roofline
 from memfit.core.graph import Residents
 from memfit.core.timeline import run as simulate_run
+from memfit.errors import MemfitError
 from memfit.runtime.batch import rows_of
 from memfit.runtime.fake import Faker, faked, mode_for
 from memfit.runtime.job import Job, first_rows, prepare_gradients, record_few, record_part
@@ -49,8 +50,9 @@ def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Me
     """Real steps at two numbers of rows, as large as is quick; None where they cannot be run."""
     size = min(_FEW_ROWS, most_rows)
     large = _measured_at(job, place, size)
-    if large is None and most_rows == rows_of(job.batch) > size:  # its loss may take all rows or none
-        large, size = _measured_at(job, place, most_rows), most_rows
+    if large is None and most_rows == rows_of(job.batch):  # it may run with the rows it is written for only
+        large = _measured_at(job, place, most_rows)
+        return None if large is None else (large, large)
     while large is not None and sum(large.seconds.values()) < _QUICK_S and 2 * size <= most_rows:
         size = min(4 * size, most_rows)
         large = _measured_at(job, place, size) or large
@@ -115,7 +117,9 @@ def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:
                 best = point if best is None else quicker(best, point)
                 if sum(point.seconds.values()) > _QUICK_S:
                     break
-    except (RuntimeError, ValueError) as error:
+    except MemfitError:
+        raise
+    except Exception as error:
         _log.info("no measurement at %d rows: %s", few, error)
     prepare_gradients(job.model, resident=False)
     return best
