@@ -161,7 +161,7 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
-        ValueError: ``memory`` or ``micro_batch_size`` cannot be read.
+        ValueError: ``memory`` cannot be read, or the profile does not hold ``micro_batch_size``.
 
     Cost: for a model of alike blocks, some small programs a kind of block and a recursion a candidate size;
     for any other, a linear program a candidate size and a mixed integer program for the winners.
@@ -170,13 +170,24 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
     return Planner(profile, micro_batch_size).best(budget_bytes)
 
 
+def _pinned(profile: Profile, micro_batch_size: int) -> StepGraph:
+    """The graph of that size and no other."""
+    sizes = {graph.rows: graph for graph in profile.graphs}
+    if micro_batch_size not in sizes:
+        raise ValueError(
+            f"the profile has no micro-batch of {micro_batch_size} rows: it holds those of "
+            f"{', '.join(map(str, sorted(sizes)))}; profile the batch again"
+        )
+    return sizes[micro_batch_size]
+
+
 class Planner:
     """The plans of one profile; what is worked out for one budget serves the next. See Note [Search]."""
 
     def __init__(self, profile: Profile, micro_batch_size: int | None = None) -> None:
         if not any(graph.ops for graph in profile.graphs):
             raise ValueError("the profile holds no recorded step, so there is nothing to plan; profile again")
-        graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
+        graphs = profile.graphs if micro_batch_size is None else (_pinned(profile, micro_batch_size),)
         choices = Choices(profile.alignment_bytes)
         self._profile = profile
         floor = floors(profile)

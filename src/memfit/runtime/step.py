@@ -337,33 +337,35 @@ class Step:
             _log.info("%s; planning again", self.verdict)
             unexplained_bytes = self.profile.unexplained_bytes + excess_bytes
             self.profile = replace(self.profile, unexplained_bytes=unexplained_bytes)
-            mended = self._plan_again()
+            needed_bytes = self._plan_again()
             if self.verdict.is_within_budget:
                 return loss
             del loss
             before.restore()
-            if not mended:
+            if needed_bytes is not None:
                 break
             self._engine.begin()
         assert self.verdict is not None
+        enough = f"{needed_bytes:,} B should be enough" if needed_bytes else "give more memory"
         raise VerificationFailed(
-            f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. Give "
-            "more memory, or report the model",
+            f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. By what "
+            f"was measured, {enough}; with profile=step.profile it need not be measured again",
+            needed_bytes=needed_bytes,
             predicted_bytes=self.verdict.predicted_peak_bytes,
             measured_bytes=self.verdict.measured_peak_bytes,
             budget_bytes=self.verdict.budget_bytes,
         )
 
-    def _plan_again(self) -> bool:
-        """Plans from the corrected profile; False where nothing fits any more."""
+    def _plan_again(self) -> int | None:
+        """Plans from the corrected profile; where nothing fits any more, the bytes that would do."""
         try:
             self.plan = self._same_plan(lambda: self._find(self.profile))
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
-            return False
+            return error.needed_bytes
         self.profile = replace(self.profile, audit=self.audit)
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
-        return True
+        return None
 
     def _same_plan(self, find: Callable[[], Plan]) -> Plan:
         """The plan that is found on rank 0: a solver that is out of time may find others elsewhere."""
