@@ -65,10 +65,10 @@ def made(profile: Profile, rows: int) -> Contents:
 @pytest.fixture(scope="module")
 def reports(profile: Profile) -> dict[int, Contents]:
     """The whole batch at once, in some parts, and in more than are told one by one."""
-    return {rows: made(profile, rows) for rows in (256, 64, 16)}
+    return {rows: made(profile, rows) for rows in (256, 43, 22)}
 
 
-@pytest.fixture(params=[256, 64, 16])
+@pytest.fixture(params=[256, 43, 22])
 def content(request: pytest.FixtureRequest, reports: dict[int, Contents]) -> Contents:
     """Each of them."""
     return reports[request.param]
@@ -106,8 +106,8 @@ def opened(content: Contents) -> dict[str, Any]:
 def test_the_plans_of_the_tests_recompute_and_split(reports: dict[int, Contents]) -> None:
     """Else the tests below would say little."""
     assert plan_of(reports[256]).recomputes
-    assert 1 < plan_of(reports[64]).gradient_accumulation_steps <= MOST_MICRO_BATCHES
-    assert plan_of(reports[16]).gradient_accumulation_steps > MOST_MICRO_BATCHES
+    assert 1 < plan_of(reports[43]).gradient_accumulation_steps <= MOST_MICRO_BATCHES
+    assert plan_of(reports[22]).gradient_accumulation_steps > MOST_MICRO_BATCHES
 
 
 def test_a_snapshot_holds_nothing_that_the_viewer_cannot_read(content: Contents) -> None:

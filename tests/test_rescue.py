@@ -222,7 +222,7 @@ def test_a_rescue_is_told_and_later_steps_stay_on_the_lower_plan(
     assert training.step.plan.budget_bytes == first.budget_bytes
     assert len(training.step.rescues) == 1
     training.step.profile = whole_job.profile
-    assert training.step._plan_again()  # as where a measured peak is above the prediction
+    assert training.step._plan_again() is None  # as where a measured peak is above the prediction
     assert training.step.plan.predicted_peak_bytes == rescue.plan.predicted_peak_bytes
     assert training.step.plan.budget_bytes == first.budget_bytes
 
