@@ -1,0 +1,341 @@
+"""memfit against every other way to train in less memory, at equal measured peaks.
+
+    OMP_NUM_THREADS=1 python benchmarks/peers.py [--models gpt2 bert] [--out FILE]
+
+Note [Peers]
+ 1. The step is forward and backward of a batch that is not split: ``optimizer.step()`` is the same for all.
+    Parameters, buffers and the batch are there, gradients are not yet.
+ 2. Peers: every k-th block under torch.utils.checkpoint, for all k; selective checkpointing that saves what
+    matmuls, convolutions and attention make; the model's own gradient checkpointing; optimal schedules of
+    whole blocks (``rotor.py``). Each is measured: the peak by memfit's meter, the allocator's account.
+ 3. memfit gets the measured peak of each peer as its memory, exactly, and some budgets below the lowest.
+ 4. Gradients of each are compared with the plain step's to the bit, buffers too.
+ 5. CPU time: all settings of a model take turns in one process, in rounds; what counts of a setting is the
+    median over rounds of its seconds less those of the plain step in the same round.
+ 6. Because a shared machine is noisy, a measure that is not: torch's profiler counts the operators of each
+    kind (name and shapes) that a step runs more often than the plain one does, at the median seconds that
+    kind takes in plain steps. This leaves Python out, of memfit and of the peers.
+ 7. The allocator of libc keeps freed memory, as that of a GPU does: else the kernel clears each page of a
+    large tensor anew, which is what would be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_models import JOBS, Batch, Job, own_loss
+from peer_ways import by_transformers, checkpointed, measured_blocks, saving_matmuls, scheduled
+from provenance import provenance
+from rotor import schedules, shown
+from torch import Tensor, nn
+
+import memfit
+from memfit.runtime.meter import PeakMeter, resident_bytes
+
+ROUNDS, PRICED_STEPS, ROTOR_LEVELS, BELOW = 3, 3, 8, 3
+_SAME_BUDGET = 0.02  # of the activations: budgets nearer to each other are one
+Way = Callable[[], AbstractContextManager[Any]]
+Kind = tuple[str, str]
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Setting:
+    """A way to run the step, and what was measured of it."""
+
+    peer: str
+    name: str
+    run: Callable[[], object]
+    way: Way = nullcontext
+    row: Row = field(default_factory=dict)
+    cpu_s: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """One model, one batch, and the plain step that all are compared with."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job, self.device = job, torch.device(device)
+        torch.manual_seed(0)
+        self.model = job.build().to(self.device)
+        self.batch = {name: part.to(self.device) for name, part in job.batch(job.rows).items()}
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.blocks = [b for path in job.lists for b in self.model.get_submodule(path).children()]
+        self._prices: dict[Kind, float] = {}
+        self._plain_ops: Counter[Kind] = Counter()
+
+    def plain(self) -> None:
+        """Forward and backward."""
+        own_loss(self.model, self.batch).backward()
+
+    def begin(self) -> None:
+        """As if no step had been."""
+        self.model.zero_grad()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers[name])
+        torch.manual_seed(1)
+
+    def resident_bytes(self) -> int:
+        """What is there before the step."""
+        return resident_bytes([*self.model.parameters(), *self.model.buffers(), *self.batch.values()])
+
+    def state(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Gradients and buffers after a step."""
+        gradients = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        return gradients, [buffer.clone() for buffer in self.model.buffers()]
+
+    def measure(self, setting: Setting, plain: tuple[Any, Any] | None) -> None:
+        """Peak, equality with the plain step, and the operators that run again."""
+        with setting.way():
+            self.begin()
+            with PeakMeter(self.device) as meter:
+                setting.run()
+            equal = [True, True] if plain is None else list(map(_equal, self.state(), plain))
+            again = self._again(setting) if self._prices else {}
+        setting.row |= {
+            "model": self.job.name,
+            "peer": setting.peer,
+            "name": setting.name,
+            "peak_bytes": self.resident_bytes() + meter.peak_bytes,
+            "gradients_equal": equal[0],
+            "buffers_equal": equal[1],
+            **again,
+        }
+
+    def price(self) -> None:
+        """What each kind of operator takes in plain steps."""
+        seconds: dict[Kind, list[float]] = defaultdict(list)
+        for _ in range(PRICED_STEPS):
+            self.begin()
+            found = _operators(self.plain)
+            for kind, taken_s in found:
+                seconds[kind].append(taken_s)
+        self._plain_ops = Counter(kind for kind, _ in found)
+        self._prices = {kind: statistics.median(taken) for kind, taken in seconds.items()}
+
+    def _again(self, setting: Setting) -> Row:
+        """What runs more often than in the plain step."""
+        self.begin()
+        found = _operators(setting.run)
+        more = Counter(kind for kind, _ in found) - self._plain_ops
+        own: dict[Kind, list[float]] = defaultdict(list)
+        for kind, taken_s in found:
+            own[kind].append(taken_s)
+        new = {kind: statistics.median(own[kind]) for kind in more if kind not in self._prices}
+        return {
+            "ops_again": sum(more.values()),
+            "again_s": sum(count * (self._prices | new)[kind] for kind, count in more.items()),
+            "unknown_s": sum(more[kind] * taken_s for kind, taken_s in new.items()),
+        }
+
+
+def _equal(own: list[Any], other: list[Any]) -> bool:
+    """To the bit."""
+    return all(
+        a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(own, other, strict=True)
+    )
+
+
+def _operators(run: Callable[[], object]) -> list[tuple[Kind, float]]:
+    """Each operator that runs, below autograd and inside of others too: kind, and seconds of its own.
+
+    One that passes through a dispatch mode is seen again inside of itself.
+    """
+    with torch.autograd.profiler.profile(record_shapes=True) as profiler:
+        run()
+    events = [event for event in profiler.function_events if event.name.startswith("aten::")]
+    return [
+        (_kind(event), event.self_cpu_time_total * 1e-6)
+        for event in events
+        if _kind(event) not in map(_kind, event.cpu_children)
+    ]
+
+
+def _kind(event: Any) -> Kind:
+    """Name and shapes."""
+    return event.name, str(event.input_shapes)
+
+
+# ---- settings ----------------------------------------------------------------------------------------
+
+
+def peers_of(bench: Bench) -> Iterator[Setting]:
+    """Every peer at every setting."""
+    blocks, run = bench.blocks, bench.plain
+    for k in range(1, len(blocks)):
+        if k == 1 or -(-len(blocks) // k) < -(-len(blocks) // (k - 1)):  # fewer blocks than before
+            name = "every block" if k == 1 else f"every block of {k}"
+            yield Setting("every k-th block", name, run, partial(checkpointed, blocks[::k]))
+    selective = partial(checkpointed, blocks, context_fn=saving_matmuls)
+    yield Setting("selective", "matmuls and attention saved", run, selective)
+    if getattr(bench.model, "supports_gradient_checkpointing", False):
+        for n in (1, 2):
+            yield Setting("transformers", f"every_n_layers={n}", run, partial(by_transformers, bench.model, n))
+    if bench.job.is_chain:
+        yield from rotor_of(bench)
+
+
+def rotor_of(bench: Bench) -> Iterator[Setting]:
+    """Optimal schedules of whole blocks at some memories."""
+    bench.begin()
+    chain = measured_blocks(bench.model, bench.job.lists, lambda: own_loss(bench.model, bench.batch))
+    for schedule in schedules(chain, ROTOR_LEVELS):
+        way = partial(scheduled, bench.model, bench.job.lists, schedule[:-1])
+        yield Setting("Rotor", shown(schedule[:-1]), bench.plain, way)
+
+
+def budgets(peers: list[Setting], plain: Setting) -> list[int]:
+    """The measured peaks of peers from the lowest of checkpointing by hand to the plain one."""
+    plain_bytes = plain.row["peak_bytes"]
+    peaks = sorted({s.row["peak_bytes"] for s in peers if s.row["peak_bytes"] < plain_bytes})
+    near = (plain_bytes - peaks[0]) * _SAME_BUDGET
+    return [low for low, high in pairwise([*peaks, plain_bytes]) if high - low > near]
+
+
+def memfit_at(bench: Bench, profile: memfit.Profile, budget_bytes: int) -> Setting:
+    """memfit within a budget, its own first steps, in which it verifies itself, done."""
+    start_s = time.process_time()
+    plan = memfit.find_plan(profile, memory=budget_bytes)
+    plan_s = time.process_time() - start_s
+    bench.begin()
+    step = memfit.fit(
+        bench.model,
+        own_loss,
+        bench.batch,
+        memory=budget_bytes,
+        micro_batch_size=bench.job.rows,
+        profile=profile,
+    )
+    for _ in range(2):
+        bench.begin()
+        step(bench.batch)
+    setting = Setting("memfit", f"{budget_bytes}", lambda: step(bench.batch))
+    setting.row |= {
+        "budget_bytes": budget_bytes,
+        "predicted_bytes": step.plan.predicted_peak_bytes,
+        "attempts": step.verdict.attempts if step.verdict else 0,
+        "plan_s": plan_s,
+        "planned_again_s": step.plan.recompute_s,
+        "gap_of_step": plan.optimality_gap,
+    }
+    return setting
+
+
+def memfits_of(bench: Bench, peers: list[Setting], plain: Setting, row: Row) -> Iterator[Setting]:
+    """memfit at the peak of every peer, and below them all."""
+    bench.begin()
+    start_s = time.process_time()
+    profile = memfit.profile(
+        bench.model, own_loss, bench.batch, micro_batch_size=bench.job.rows, limit_bytes=1 << 40
+    )
+    row["profile_s"] = time.process_time() - start_s
+    wanted = budgets(peers, plain)
+    try:
+        memfit.find_plan(profile, memory=1)
+    except memfit.InfeasibleBudget as refused:
+        row["least_bytes"] = least = refused.needed_bytes
+    below = [least + (wanted[0] - least) * i // BELOW for i in range(BELOW)] if least < wanted[0] else []
+    for budget_bytes in [*below, *(b for b in wanted if b >= least)]:
+        yield memfit_at(bench, profile, budget_bytes)
+
+
+# ---- one model ---------------------------------------------------------------------------------------
+
+
+def compare(job: Job, device: str, rounds: int, said: Callable[[str], None]) -> list[Row]:
+    """All settings of a model."""
+    bench = Bench(job, device)
+    for _ in range(2):
+        bench.begin()
+        bench.plain()
+    plain = Setting("plain", "plain", bench.plain)
+    bench.measure(plain, None)
+    bench.begin()
+    bench.plain()
+    state = bench.state()
+    bench.price()
+    model_row: Row = {"model": job.name, "peer": "model", "rows": job.rows}
+    settings = [plain]
+    for found in (lambda: peers_of(bench), lambda: memfits_of(bench, settings[1:], plain, model_row)):
+        for setting in list(found()):
+            bench.measure(setting, state)
+            settings.append(setting)
+            said(_line(setting.row))
+    in_turn(bench, settings, rounds)
+    for setting in settings:
+        setting.row["cpu_s"] = statistics.median(setting.cpu_s)
+        setting.row["extra_cpu_s"] = statistics.median(
+            own - base for own, base in zip(setting.cpu_s, plain.cpu_s, strict=True)
+        )
+        said(_line(setting.row))
+    return [model_row, *(setting.row for setting in settings)]
+
+
+def in_turn(bench: Bench, settings: list[Setting], rounds: int) -> None:
+    """The CPU seconds of every setting, in rounds."""
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for setting in settings:
+            with setting.way():
+                bench.begin()
+                start_s = time.process_time()
+                setting.run()
+                setting.cpu_s.append(time.process_time() - start_s)
+        gc.collect()
+    gc.enable()
+
+
+def _line(row: Row) -> str:
+    """A row for people."""
+    budget = f"  of {row['budget_bytes']:12,}" if "budget_bytes" in row else ""
+    extra = f"  {row['extra_cpu_s']:+.3f} s of CPU time" if "extra_cpu_s" in row else ""
+    wrong = "" if row["gradients_equal"] else "  OTHER GRADIENTS"
+    return (
+        f"{row['model']:9} {row['peer']:17} {row['name'][:40]:40} {row['peak_bytes']:12,}{budget}  again "
+        f"{row.get('again_s', 0.0):.3f} s ({row.get('unknown_s', 0.0):.3f} unknown){extra}{wrong}"
+    )
+
+
+def keep_freed_memory() -> None:
+    """See Note [Peers] 7."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main() -> None:
+    """Measures model by model, and writes after each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    keep_freed_memory()
+    rows: list[Row] = []
+    for name in options.models:
+        rows += compare(JOBS[name], options.device, options.rounds, partial(print, flush=True))
+        if options.out:
+            options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
