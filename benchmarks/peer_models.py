@@ -190,7 +190,12 @@ JOBS = {
         ),
         Job(
             "mixtral",
-            built("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, **_GROUPED | {"intermediate_size": 256}),
+            built(
+                "MixtralConfig",
+                "MixtralForCausalLM",
+                num_local_experts=4,
+                **_GROUPED | {"intermediate_size": 256},
+            ),
             text(192),
             4,
             ("model.layers",),

@@ -18,7 +18,13 @@ from memfit.runtime.meter import PeakMeter
 
 _aten = torch.ops.aten
 _MATMULS = frozenset(
-    {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default}
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten.baddbmm.default,
+        _aten.convolution.default,
+    }
 )
 _REPEATS = 3
 

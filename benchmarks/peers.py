@@ -22,7 +22,6 @@ Note [Peers]
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import gc
 import json
@@ -39,11 +38,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_models import JOBS, Batch, Job, own_loss
+from peer_models import JOBS, Job, own_loss
 from peer_ways import by_transformers, checkpointed, measured_blocks, saving_matmuls, scheduled
 from provenance import provenance
 from rotor import schedules, shown
-from torch import Tensor, nn
+from torch import Tensor
 
 import memfit
 from memfit.runtime.meter import PeakMeter, resident_bytes
@@ -155,21 +154,16 @@ def _equal(own: list[Any], other: list[Any]) -> bool:
 def _operators(run: Callable[[], object]) -> list[tuple[Kind, float]]:
     """Each operator that runs, below autograd and inside of others too: kind, and seconds of its own.
 
-    One that passes through a dispatch mode is seen again inside of itself.
+    One that goes to a dispatch mode is called by the mode again, and counts there.
     """
     with torch.autograd.profiler.profile(record_shapes=True) as profiler:
         run()
-    events = [event for event in profiler.function_events if event.name.startswith("aten::")]
     return [
-        (_kind(event), event.self_cpu_time_total * 1e-6)
-        for event in events
-        if _kind(event) not in map(_kind, event.cpu_children)
+        ((event.name, str(event.input_shapes)), event.self_cpu_time_total * 1e-6)
+        for event in profiler.function_events
+        if event.name.startswith("aten::")
+        and not any(child.name == "PythonDispatchMode" for child in event.cpu_children)
     ]
-
-
-def _kind(event: Any) -> Kind:
-    """Name and shapes."""
-    return event.name, str(event.input_shapes)
 
 
 # ---- settings ----------------------------------------------------------------------------------------
@@ -186,7 +180,9 @@ def peers_of(bench: Bench) -> Iterator[Setting]:
     yield Setting("selective", "matmuls and attention saved", run, selective)
     if getattr(bench.model, "supports_gradient_checkpointing", False):
         for n in (1, 2):
-            yield Setting("transformers", f"every_n_layers={n}", run, partial(by_transformers, bench.model, n))
+            yield Setting(
+                "transformers", f"every_n_layers={n}", run, partial(by_transformers, bench.model, n)
+            )
     if bench.job.is_chain:
         yield from rotor_of(bench)
 

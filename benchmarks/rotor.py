@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 SLOTS = 200
@@ -55,7 +55,7 @@ def fastest(blocks: Sequence[Block], memory_bytes: int, slots: int = SLOTS) -> S
     unit = max(1, memory_bytes // slots)
     chain = tuple(_in_units(block, unit) for block in blocks)
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(first: int, last: int, room: int) -> tuple[float, Schedule] | None:
         found = [_kept(first, last, room), *(_range(first, b, last, room) for b in range(first, last))]
         return min((f for f in found if f), key=lambda f: f[0], default=None)
@@ -111,7 +111,9 @@ def schedules(blocks: Sequence[Block], count: int) -> list[Schedule]:
     while high - low > top // 500:
         middle = (low + high) // 2
         low, high = (low, middle) if fastest(blocks, middle) else (middle, high)
-    levels = (high + (top - high) * i**2 // (count - 1) ** 2 for i in range(count))  # denser where it is tight
+    levels = (
+        high + (top - high) * i**2 // (count - 1) ** 2 for i in range(count)
+    )  # denser where it is tight
     found = dict.fromkeys(s for level in levels if (s := fastest(blocks, level)))
     return [schedule for schedule in found if any(isinstance(item, tuple) for item in schedule)]
 
