@@ -122,8 +122,8 @@ JOBS = {
         Job(
             "gpt2",
             built("GPT2Config", "GPT2LMHeadModel", n_layer=LAYERS, n_embd=256, n_head=8, **_WORDS),
-            text(192),
-            3,
+            text(160),
+            4,
             ("transformer.h",),
             "shifted_labels",
         ),

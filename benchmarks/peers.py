@@ -31,7 +31,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,7 @@ class Setting:
     name: str
     run: Callable[[], object]
     way: Way = nullcontext
+    is_split: bool = False
     row: Row = field(default_factory=dict)
     cpu_s: list[float] = field(default_factory=list)
 
@@ -79,9 +80,12 @@ class Bench:
         self._prices: dict[Kind, float] = {}
         self._plain_ops: Counter[Kind] = Counter()
 
-    def plain(self) -> None:
-        """Forward and backward."""
-        own_loss(self.model, self.batch).backward()
+    def plain(self, parts: int = 1) -> None:
+        """Forward and backward, in so many equal parts."""
+        size = self.job.rows // parts
+        for first in range(0, self.job.rows, size):
+            part = {name: tensor[first : first + size] for name, tensor in self.batch.items()}
+            (own_loss(self.model, part) / parts).backward()
 
     def begin(self) -> None:
         """As if no step had been."""
@@ -105,7 +109,7 @@ class Bench:
             self.begin()
             with PeakMeter(self.device) as meter:
                 setting.run()
-            equal = [True, True] if plain is None else list(map(_equal, self.state(), plain))
+            equal = [None, None] if plain is None else list(map(_equal, self.state(), plain))
             again = self._again(setting) if self._prices else {}
         setting.row |= {
             "model": self.job.name,
@@ -144,7 +148,7 @@ class Bench:
         }
 
 
-def _equal(own: list[Any], other: list[Any]) -> bool:
+def _equal(own: list[Any], other: list[Any]) -> bool | None:
     """To the bit."""
     return all(
         a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(own, other, strict=True)
@@ -196,6 +200,21 @@ def rotor_of(bench: Bench) -> Iterator[Setting]:
         yield Setting("Rotor", shown(schedule[:-1]), bench.plain, way)
 
 
+def split_of(bench: Bench) -> Iterator[Setting]:
+    """The batch accumulated: alone, and with blocks checkpointed."""
+    rows = bench.job.rows
+    if bench.job.count is None:
+        return
+    for parts in dict.fromkeys((2, rows)):
+        run = partial(bench.plain, parts)
+        name = f"{parts} x {rows // parts}"
+        yield Setting("accumulation alone", name, run, is_split=True)
+        way = partial(checkpointed, bench.blocks)
+        yield Setting("every block, accumulated", name, run, way, is_split=True)
+        way = partial(checkpointed, bench.blocks, context_fn=saving_matmuls)
+        yield Setting("selective, accumulated", name, run, way, is_split=True)
+
+
 def budgets(peers: list[Setting], plain: Setting) -> list[int]:
     """The measured peaks of peers from the lowest of checkpointing by hand to the plain one."""
     plain_bytes = plain.row["peak_bytes"]
@@ -204,24 +223,34 @@ def budgets(peers: list[Setting], plain: Setting) -> list[int]:
     return [low for low, high in pairwise([*peaks, plain_bytes]) if high - low > near]
 
 
-def memfit_at(bench: Bench, profile: memfit.Profile, budget_bytes: int) -> Setting:
-    """memfit within a budget, its own first steps, in which it verifies itself, done."""
+def memfit_at(bench: Bench, profile: memfit.Profile, budget_bytes: int, *, splits: bool = False) -> Setting:
+    """memfit within a budget, its own first steps, in which it verifies itself, done.
+
+    Args:
+        splits: Whether it may accumulate.
+    """
     start_s = time.process_time()
     plan = memfit.find_plan(profile, memory=budget_bytes)
     plan_s = time.process_time() - start_s
     bench.begin()
+    size = None if splits else bench.job.rows
+    count = bench.job.count or "auto"
     step = memfit.fit(
         bench.model,
         own_loss,
         bench.batch,
         memory=budget_bytes,
-        micro_batch_size=bench.job.rows,
+        micro_batch_size=size,
+        count=count,
         profile=profile,
     )
     for _ in range(2):
         bench.begin()
         step(bench.batch)
-    setting = Setting("memfit", f"{budget_bytes}", lambda: step(bench.batch))
+    parts = step.plan.gradient_accumulation_steps
+    name = f"{parts} x {step.plan.micro_batch_size}" if splits else ""
+    peer = "memfit, accumulated" if splits else "memfit"
+    setting = Setting(peer, name, lambda: step(bench.batch), is_split=parts > 1)
     setting.row |= {
         "budget_bytes": budget_bytes,
         "predicted_bytes": step.plan.predicted_peak_bytes,
@@ -235,20 +264,98 @@ def memfit_at(bench: Bench, profile: memfit.Profile, budget_bytes: int) -> Setti
 
 def memfits_of(bench: Bench, peers: list[Setting], plain: Setting, row: Row) -> Iterator[Setting]:
     """memfit at the peak of every peer, and below them all."""
-    bench.begin()
     start_s = time.process_time()
-    profile = memfit.profile(
-        bench.model, own_loss, bench.batch, micro_batch_size=bench.job.rows, limit_bytes=1 << 40
-    )
+    profile = profile_of(bench, bench.job.rows)
     row["profile_s"] = time.process_time() - start_s
-    wanted = budgets(peers, plain)
-    try:
-        memfit.find_plan(profile, memory=1)
-    except memfit.InfeasibleBudget as refused:
-        row["least_bytes"] = least = refused.needed_bytes
+    wanted = budgets([s for s in peers if not s.is_split], plain)
+    row["least_bytes"] = least = least_bytes(profile)
     below = [least + (wanted[0] - least) * i // BELOW for i in range(BELOW)] if least < wanted[0] else []
     for budget_bytes in [*below, *(b for b in wanted if b >= least)]:
         yield memfit_at(bench, profile, budget_bytes)
+    if bench.job.count is not None:
+        profile = profile_of(bench, None)
+        for setting in peers:
+            if setting.peer == "accumulation alone":
+                yield memfit_at(bench, profile, setting.row["peak_bytes"], splits=True)
+
+
+def profile_of(bench: Bench, micro_batch_size: int | None) -> memfit.Profile:
+    """What a step does, as memfit sees it."""
+    bench.begin()
+    return memfit.profile(
+        bench.model, own_loss, bench.batch, micro_batch_size=micro_batch_size, limit_bytes=1 << 40
+    )
+
+
+def least_bytes(profile: memfit.Profile) -> int:
+    """The least memory that works."""
+    try:
+        memfit.find_plan(profile, memory=1)
+    except memfit.InfeasibleBudget as refused:
+        return refused.needed_bytes
+    raise AssertionError("one byte was enough")
+
+
+# ---- the largest batch -------------------------------------------------------------------------------
+
+
+def largest(job: Job, device: str) -> list[Row]:
+    """The most rows at once under the peak of a plain step on half the rows, for the main ways."""
+    half = replace(job, rows=job.rows // 2)
+    bench = Bench(half, device)
+    budget_bytes = _peak_bytes(bench, nullcontext)
+    ways: dict[str, Callable[[Bench], Way]] = {
+        "plain": lambda bench: nullcontext,
+        "every block": lambda bench: partial(checkpointed, bench.blocks),
+        "selective": lambda bench: partial(checkpointed, bench.blocks, context_fn=saving_matmuls),
+    }
+    found = {
+        name: _most_rows(job, budget_bytes, lambda rows, way=way: _peak_at(job, device, rows, way))
+        for name, way in ways.items()
+    }
+    found["memfit"] = _most_rows(job, budget_bytes, lambda rows: _memfit_at(job, device, rows, budget_bytes))
+    return [
+        {"model": job.name, "peer": "largest", "name": name, "rows": rows, "budget_bytes": budget_bytes}
+        for name, rows in found.items()
+    ]
+
+
+def _most_rows(job: Job, budget_bytes: int, peak: Callable[[int], int]) -> int:
+    """The most rows within a budget: the peak grows by nearly as much with each."""
+    few, many = max(1, job.rows // 2), job.rows
+    few_bytes, many_bytes = peak(few), peak(many)
+    per_row = max(1.0, (many_bytes - few_bytes) / (many - few))
+    rows = max(1, int(few + (budget_bytes - few_bytes) / per_row))
+    while rows > 1 and peak(rows) > budget_bytes:
+        rows -= 1
+    return rows
+
+
+def _peak_at(job: Job, device: str, rows: int, way: Callable[[Bench], Way]) -> int:
+    """The measured peak of so many rows."""
+    bench = Bench(replace(job, rows=rows), device)
+    return _peak_bytes(bench, way(bench))
+
+
+def _peak_bytes(bench: Bench, way: Way) -> int:
+    with way():
+        bench.begin()
+        with PeakMeter(bench.device) as meter:
+            bench.plain()
+    return bench.resident_bytes() + meter.peak_bytes
+
+
+def _memfit_at(job: Job, device: str, rows: int, budget_bytes: int) -> int:
+    """memfit's least peak, measured if it is within the budget."""
+    bench = Bench(replace(job, rows=rows), device)
+    profile = profile_of(bench, rows)
+    least = least_bytes(profile)
+    if least > budget_bytes:
+        return least
+    setting = memfit_at(bench, profile, least)
+    bench.measure(setting, None)
+    peak_bytes: int = setting.row["peak_bytes"]
+    return peak_bytes
 
 
 # ---- one model ---------------------------------------------------------------------------------------
@@ -268,9 +375,13 @@ def compare(job: Job, device: str, rounds: int, said: Callable[[str], None]) -> 
     bench.price()
     model_row: Row = {"model": job.name, "peer": "model", "rows": job.rows}
     settings = [plain]
-    for found in (lambda: peers_of(bench), lambda: memfits_of(bench, settings[1:], plain, model_row)):
+    for found in (
+        lambda: peers_of(bench),
+        lambda: split_of(bench),
+        lambda: memfits_of(bench, settings[1:], plain, model_row),
+    ):
         for setting in list(found()):
-            bench.measure(setting, state)
+            bench.measure(setting, None if setting.is_split else state)
             settings.append(setting)
             said(_line(setting.row))
     in_turn(bench, settings, rounds)
@@ -302,7 +413,7 @@ def _line(row: Row) -> str:
     """A row for people."""
     budget = f"  of {row['budget_bytes']:12,}" if "budget_bytes" in row else ""
     extra = f"  {row['extra_cpu_s']:+.3f} s of CPU time" if "extra_cpu_s" in row else ""
-    wrong = "" if row["gradients_equal"] else "  OTHER GRADIENTS"
+    wrong = "  OTHER GRADIENTS" if row["gradients_equal"] is False else ""
     return (
         f"{row['model']:9} {row['peer']:17} {row['name'][:40]:40} {row['peak_bytes']:12,}{budget}  again "
         f"{row.get('again_s', 0.0):.3f} s ({row.get('unknown_s', 0.0):.3f} unknown){extra}{wrong}"
@@ -328,7 +439,10 @@ def main() -> None:
     keep_freed_memory()
     rows: list[Row] = []
     for name in options.models:
-        rows += compare(JOBS[name], options.device, options.rounds, partial(print, flush=True))
+        said = partial(print, flush=True)
+        rows += compare(JOBS[name], options.device, options.rounds, said)
+        rows += (most := largest(JOBS[name], options.device))
+        said(f"{name} largest batch: " + ", ".join(f"{row['name']} {row['rows']} rows" for row in most))
         if options.out:
             options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
 
