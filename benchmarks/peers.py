@@ -75,7 +75,8 @@ class Bench:
         torch.manual_seed(0)
         self.model = job.build().to(self.device)
         self.batch = {name: part.to(self.device) for name, part in job.batch(job.rows).items()}
-        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self._parameters = list(self.model.parameters())
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.blocks = [b for path in job.lists for b in self.model.get_submodule(path).children()]
         self._prices: dict[Kind, float] = {}
         self._plain_ops: Counter[Kind] = Counter()
@@ -90,8 +91,8 @@ class Bench:
     def begin(self) -> None:
         """As if no step had been."""
         self.model.zero_grad()
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(self._buffers[name])
+        for buffer, first in self._buffers:
+            buffer.copy_(first)
         torch.manual_seed(1)
 
     def resident_bytes(self) -> int:
@@ -100,8 +101,8 @@ class Bench:
 
     def state(self) -> tuple[list[Tensor | None], list[Tensor]]:
         """Gradients and buffers after a step."""
-        gradients = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
-        return gradients, [buffer.clone() for buffer in self.model.buffers()]
+        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        return gradients, [buffer.clone() for buffer, _ in self._buffers]
 
     def measure(self, setting: Setting, plain: tuple[Any, Any] | None) -> None:
         """Peak, equality with the plain step, and the operators that run again."""
