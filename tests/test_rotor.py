@@ -128,7 +128,7 @@ def test_a_schedule_computes_the_gradients_of_the_plain_step_and_is_undone(sched
         with peer_ways.scheduled(tower, ("one", "two"), now):
             tower(x).backward()
         found.append([p.grad for p in tower.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert [name for name, _ in tower.named_parameters()] == names
 
 
