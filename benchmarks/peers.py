@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from overhead import seconds
 from peer_models import JOBS, Job, own_loss
 from peer_ways import by_transformers, checkpointed, measured_blocks, saving_matmuls, scheduled
 from provenance import provenance
@@ -45,6 +46,9 @@ from rotor import schedules, shown
 from torch import Tensor
 
 import memfit
+from memfit.core.plan import Planner
+from memfit.runtime.accumulate import Accumulation
+from memfit.runtime.count import counter_named
 from memfit.runtime.meter import PeakMeter, resident_bytes
 
 ROUNDS, PRICED_STEPS, ROTOR_LEVELS, BELOW = 3, 3, 8, 3
@@ -224,40 +228,33 @@ def budgets(peers: list[Setting], plain: Setting) -> list[int]:
     return [low for low, high in pairwise([*peaks, plain_bytes]) if high - low > near]
 
 
-def memfit_at(bench: Bench, profile: memfit.Profile, budget_bytes: int, *, splits: bool = False) -> Setting:
-    """memfit within a budget, its own first steps, in which it verifies itself, done.
-
-    Args:
-        splits: Whether it may accumulate.
-    """
+def memfit_at(bench: Bench, planner: Planner, profile: memfit.Profile, budget_bytes: int) -> Setting:
+    """memfit within a budget, its own first steps, in which it verifies itself, done."""
     start_s = time.process_time()
-    plan = memfit.find_plan(profile, memory=budget_bytes)
+    plan = replace(planner.best(budget_bytes), budget_bytes=budget_bytes)
     plan_s = time.process_time() - start_s
-    bench.begin()
-    size = None if splits else bench.job.rows
-    count = bench.job.count or "auto"
-    step = memfit.fit(
-        bench.model,
-        own_loss,
-        bench.batch,
-        memory=budget_bytes,
-        micro_batch_size=size,
-        count=count,
-        profile=profile,
+    count = counter_named(bench.job.count or "rows")
+    step = memfit.Step(
+        Accumulation(bench.model, own_loss, count),
+        plan,
+        profile,
+        optimizer=None,
+        find=lambda profile: memfit.find_plan(profile, memory=budget_bytes),
     )
     for _ in range(2):
         bench.begin()
         step(bench.batch)
-    parts = step.plan.gradient_accumulation_steps
-    name = f"{parts} x {step.plan.micro_batch_size}" if splits else ""
-    peer = "memfit, accumulated" if splits else "memfit"
+    parts = plan.gradient_accumulation_steps
+    peer, name = (
+        ("memfit", "") if parts == 1 else ("memfit, accumulated", f"{parts} x {plan.micro_batch_size}")
+    )
     setting = Setting(peer, name, lambda: step(bench.batch), is_split=parts > 1)
     setting.row |= {
         "budget_bytes": budget_bytes,
         "predicted_bytes": step.plan.predicted_peak_bytes,
         "attempts": step.verdict.attempts if step.verdict else 0,
         "plan_s": plan_s,
-        "planned_again_s": step.plan.recompute_s,
+        "planned_again_s": plan.recompute_s,
         "gap_of_step": plan.optimality_gap,
     }
     return setting
@@ -268,16 +265,19 @@ def memfits_of(bench: Bench, peers: list[Setting], plain: Setting, row: Row) -> 
     start_s = time.process_time()
     profile = profile_of(bench, bench.job.rows)
     row["profile_s"] = time.process_time() - start_s
+    planner = Planner(profile)
+    row["least_bytes"] = least = planner.lowest().predicted_peak_bytes
     wanted = budgets([s for s in peers if not s.is_split], plain)
-    row["least_bytes"] = least = least_bytes(profile)
+    row["find_plan_s"] = seconds(partial(memfit.find_plan, profile, memory=wanted[len(wanted) // 2]))
     below = [least + (wanted[0] - least) * i // BELOW for i in range(BELOW)] if least < wanted[0] else []
     for budget_bytes in [*below, *(b for b in wanted if b >= least)]:
-        yield memfit_at(bench, profile, budget_bytes)
+        yield memfit_at(bench, planner, profile, budget_bytes)
     if bench.job.count is not None:
         profile = profile_of(bench, None)
+        planner = Planner(profile)
         for setting in peers:
             if setting.peer == "accumulation alone":
-                yield memfit_at(bench, profile, setting.row["peak_bytes"], splits=True)
+                yield memfit_at(bench, planner, profile, setting.row["peak_bytes"])
 
 
 def profile_of(bench: Bench, micro_batch_size: int | None) -> memfit.Profile:
@@ -286,15 +286,6 @@ def profile_of(bench: Bench, micro_batch_size: int | None) -> memfit.Profile:
     return memfit.profile(
         bench.model, own_loss, bench.batch, micro_batch_size=micro_batch_size, limit_bytes=1 << 40
     )
-
-
-def least_bytes(profile: memfit.Profile) -> int:
-    """The least memory that works."""
-    try:
-        memfit.find_plan(profile, memory=1)
-    except memfit.InfeasibleBudget as refused:
-        return refused.needed_bytes
-    raise AssertionError("one byte was enough")
 
 
 # ---- the largest batch -------------------------------------------------------------------------------
@@ -350,10 +341,11 @@ def _memfit_at(job: Job, device: str, rows: int, budget_bytes: int) -> int:
     """memfit's least peak, measured if it is within the budget."""
     bench = Bench(replace(job, rows=rows), device)
     profile = profile_of(bench, rows)
-    least = least_bytes(profile)
+    planner = Planner(profile)
+    least = planner.lowest().predicted_peak_bytes
     if least > budget_bytes:
         return least
-    setting = memfit_at(bench, profile, least)
+    setting = memfit_at(bench, planner, profile, least)
     bench.measure(setting, None)
     peak_bytes: int = setting.row["peak_bytes"]
     return peak_bytes
@@ -381,7 +373,7 @@ def compare(job: Job, device: str, rounds: int, said: Callable[[str], None]) -> 
         lambda: split_of(bench),
         lambda: memfits_of(bench, settings[1:], plain, model_row),
     ):
-        for setting in list(found()):
+        for setting in found():
             bench.measure(setting, None if setting.is_split else state)
             settings.append(setting)
             said(_line(setting.row))
@@ -403,9 +395,7 @@ def in_turn(bench: Bench, settings: list[Setting], rounds: int) -> None:
         for setting in settings:
             with setting.way():
                 bench.begin()
-                start_s = time.process_time()
-                setting.run()
-                setting.cpu_s.append(time.process_time() - start_s)
+                setting.cpu_s.append(seconds(setting.run))
         gc.collect()
     gc.enable()
 
