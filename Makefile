@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench docs families heads lightning ranks restarts rescue matrix trainer tutorial clean
+.PHONY: help .venv demo test check check-cuda bench docs families faults heads lightning ranks restarts rescue matrix trainer tutorial zoo clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -50,7 +50,10 @@ bench: $(STAMP) families  ## Measure what the README reports
 	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/traps.py --out benchmarks/results/$(TODAY)_cpu_traps.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/gaps.py --out benchmarks/results/$(TODAY)_cpu_gaps.json
-	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py
+	$(PY) benchmarks/render.py
+
+zoo: $(STAMP)  ## Every model at three budgets, against the plain step and the allocator: about 30 minutes
+	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py --out benchmarks/results/$(TODAY)_cpu_zoo.json
 	$(PY) benchmarks/render.py
 
 families: $(STAMP)  ## Whole steps of many transformers families: predicted against measured peak
@@ -58,6 +61,9 @@ families: $(STAMP)  ## Whole steps of many transformers families: predicted agai
 
 rescue: $(STAMP)  ## Trainings that run out of memory at random moments, compared with undisturbed ones
 	OMP_NUM_THREADS=1 $(PY) benchmarks/rescue.py --out benchmarks/results/$(TODAY)_cpu_rescue.json
+
+faults: $(STAMP)  ## Kills, full disks, lost memory, hostile files, long trainings: half an hour
+	OMP_NUM_THREADS=1 $(PY) benchmarks/faults.py --out benchmarks/results/$(TODAY)_cpu_faults.json
 
 heads: $(STAMP)  ## Exact accumulation for every tiny head of transformers: about 15 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/heads.py --out benchmarks/results/$(TODAY)_cpu_heads.json

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import zoo_tables
 from figures import newest
 
 from memfit.units import format_bytes, format_seconds
@@ -162,6 +163,55 @@ def _audit(where: str) -> str:
     return _table("model | loss | rows x tokens | the audit takes", rows, "audit_cost", where)
 
 
+def _faults(where: str) -> str:
+    found = newest("faults")[0]
+    rows = ((row["fault"], f"{row['cases']:,}", _counts(row["counts"]), len(row["wrong"])) for row in found)
+    return _table("what | cases | of which | promises broken", rows, "faults", where)
+
+
+def _counts(counts: dict[str, float]) -> str:
+    """What was counted, in a cell of a table."""
+    told = []
+    for name, count in counts.items():
+        if name.endswith("_bytes"):
+            told.append(f"{name.removesuffix('_bytes')}: {format_bytes(round(count))}")
+        elif name.endswith("_s"):
+            told.append(f"{name.removesuffix('_s')}: {format_seconds(count)}")
+        else:
+            told.append(f"{'exit code ' * name.isdecimal()}{name}: {count:,}")
+    return ", ".join(told)
+
+
+def _zoo(where: str) -> str:
+    head = (
+        "models | judged | planned and run | runs | any bit differs | first prediction too low | above the "
+        "budget after the first step saw that | first prediction over measured peak: lowest, median, highest"
+    )
+    return _table(head, zoo_tables.kinds(), "zoo", where)
+
+
+def _zoo_unplanned(where: str) -> str:
+    return _table(
+        "models | what became of them | in the words of the error", zoo_tables.unplanned(), "zoo", where
+    )
+
+
+def _zoo_low(where: str) -> str:
+    head = "model | from | first prediction over measured peak, at each budget"
+    return _table(head, zoo_tables.low(), "zoo", where)
+
+
+def _zoo_hard(where: str) -> str:
+    head = (
+        "model | what became of it | recomputed at most, of the forward | first prediction over measured peak"
+    )
+    return _table(head, zoo_tables.hard(), "zoo", where)
+
+
+def _zoo_names(where: str) -> str:
+    return zoo_tables.names()
+
+
 _TABLES: dict[str, Callable[[str], str]] = {
     "traps": _traps,
     "coupled": _coupled,
@@ -173,4 +223,10 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "large": _large,
     "heads": _heads,
     "audit": _audit,
+    "faults": _faults,
+    "zoo": _zoo,
+    "zoo_unplanned": _zoo_unplanned,
+    "zoo_low": _zoo_low,
+    "zoo_hard": _zoo_hard,
+    "zoo_names": _zoo_names,
 }

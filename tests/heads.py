@@ -35,8 +35,6 @@ _SMALL = {
     **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff"), 48),
     "encoder_hidden_size": 32, "n_inner": 48,
     **dict.fromkeys(("hidden_dim", "dim_ff", "ffn_hidden_size", "moe_intermediate_size", "d_inner"), 48),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"), 1),
-    **dict.fromkeys(("decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"), 1),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "heads"), 4),
     **dict.fromkeys(("d_kv", "head_dim", "d_head", "kv_channels"), 8),
@@ -48,6 +46,10 @@ _SMALL = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
     "num_experts_per_tok": 2, "type_vocab_size": 2, "layerdrop": 0.0,
 }  # fmt: skip
+_LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+    "num_encoder_layers", "num_decoder_layers", "depth",
+)  # fmt: skip
 _TOKENS_OF = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
 
 
@@ -116,56 +118,64 @@ TASKS = {
 }
 
 
-def small_config(model_type: str) -> Any:
-    """The default configuration of a type, small and without dropout."""
+def small_config(model_type: str, layers: int = 1, *, drops: bool = False) -> Any:
+    """The default configuration of a type, small; without dropout, unless the type's own is wanted."""
     config = transformers.AutoConfig.for_model(model_type)
     for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
         for name in vars(part).copy():
-            _shrink(part, name)
+            _shrink(part, name, layers, drops)
     config.num_labels = LABELS
     for name, value in _TOKENS_OF.items():
         setattr(config, name, value)
-    config.use_cache = False
-    config._experts_implementation = "eager"  # the others know no float64
     return config
 
 
-def _shrink(config: Any, name: str) -> None:
+def _shrink(config: Any, name: str, layers: int, drops: bool) -> None:
     """Makes one entry small, where it has a number."""
     value = getattr(config, name, None)
-    if name in _SMALL and isinstance(value, (int, float)) and not isinstance(value, bool):
-        setattr(config, name, min(value, _SMALL[name]) if value > 0 else value)
+    small = {**_SMALL, **dict.fromkeys(_LAYERS, layers)}
+    if name in small and isinstance(value, (int, float)) and not isinstance(value, bool):
+        setattr(config, name, min(value, small[name]) if value > 0 else value)
     elif isinstance(value, float) and ("drop" in name or name.endswith("_pdrop") or "jitter" in name):
-        setattr(config, name, 0.0)
+        setattr(config, name, value if drops else 0.0)
     elif name == "layer_types" and isinstance(value, list):
-        setattr(config, name, value[:1])
+        setattr(config, name, value[:layers])
 
 
-def build(task: str, model_type: str) -> nn.Module:
-    """A head in float64, in training mode.
+def small_model(task: Task, model_type: str, config: Any) -> nn.Module:
+    """A head in training mode.
 
     Raises:
         Exception: Whatever ``transformers`` says of such a configuration.
         ValueError: It is not small.
     """
-    name = TASKS[task].models[model_type]
+    name = task.models[model_type]
     name = name if isinstance(name, str) else name[0]
-    model_class, config = getattr(transformers, name), small_config(model_type)
+    model_class = getattr(transformers, name)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
-    model: nn.Module = model_class(config).double().train()
+    model: nn.Module = model_class(config).train()
+    return model
+
+
+def build(task: str, model_type: str) -> nn.Module:
+    """The head in float64, with nothing dropped; raises what :func:`small_model` does."""
+    config = small_config(model_type)
+    config.use_cache = False
+    config._experts_implementation = "eager"  # the others know no float64
+    model = small_model(TASKS[task], model_type, config).double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def batch_for(task: str, model: nn.Module) -> Batch:
+def batch_for(task: Task, model: nn.Module) -> Batch:
     """A batch that the head takes: some know no attention mask."""
     taken = inspect.signature(model.forward).parameters
-    batch = TASKS[task].batch()
+    batch = task.batch()
     return {name: leaf for name, leaf in batch.items() if name in taken or "kwargs" in taken}
 
 
@@ -212,7 +222,7 @@ def outcome(task: str, model_type: str, count: str = "auto") -> Outcome:
     try:
         with quiet():
             model = build(task, model_type)
-            batch = batch_for(task, model)
+            batch = batch_for(TASKS[task], model)
             loss = own_loss(model, batch)
             loss.backward()
     except Exception as error:

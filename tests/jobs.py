@@ -72,15 +72,20 @@ def shuffled() -> Workload:
     return Workload(made.model, made.optimizer, loss_fn, loader)
 
 
-def interrupts_itself_at_step_4() -> Workload:
+def interrupts_itself_at_step_4(at: int = 3) -> Workload:
     """Sends this process a Ctrl-C while batch 3 is made, so during the fourth step."""
 
     def batch(index: int) -> Batch:
-        if index == 3 and "MEMFIT_TEST_INTERRUPT" in os.environ:
+        if index == at and "MEMFIT_TEST_INTERRUPT" in os.environ:
             os.kill(os.getpid(), signal.SIGINT)
         return tiny_batch(6, 0, index)
 
     return job(batch=batch)
+
+
+def interrupts_itself_before_step_1() -> Workload:
+    """Sends this process a Ctrl-C while its first batch is made."""
+    return interrupts_itself_at_step_4(at=0)
 
 
 def too_large_to_run_at_once(batch_size: int = 64) -> Workload:

@@ -6,6 +6,7 @@ The trainings are of a few layers each and hold what an outage could spoil: Batc
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -28,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memfit
 from memfit.runtime import replay
-from memfit.runtime.meter import set_hard_cap
+from memfit.runtime.meter import lift_hard_cap, set_hard_cap
+from memfit.runtime.rescue import is_out_of_memory
 
 ROWS, WIDTH, CLASSES = 96, 32, 7
 
@@ -87,11 +89,11 @@ def loss_of(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["x"]), batch["labels"])
 
 
-def batch_at(number: int) -> dict[str, Tensor]:
+def batch_at(number: int, rows: int = ROWS) -> dict[str, Tensor]:
     """The batch of a step; drawn beside the training's own random numbers."""
     draw = torch.Generator().manual_seed(number)
-    x = torch.randn(ROWS, WIDTH, generator=draw)
-    return {"x": x, "labels": torch.randint(0, CLASSES, (ROWS,), generator=draw)}
+    x = torch.randn(rows, WIDTH, generator=draw)
+    return {"x": x, "labels": torch.randint(0, CLASSES, (rows,), generator=draw)}
 
 
 class Outage(TorchDispatchMode):
@@ -119,6 +121,74 @@ class Outage(TorchDispatchMode):
             self.places.append(_place())
             raise error
         return func(*args, **(kwargs or {}))
+
+
+class Squeeze(Outage):
+    """Moves the hard cap down to what is in use at an op: the next allocation of the process fails for real.
+
+    It is lifted as soon as one has failed, or some ops later. Only what ``malloc`` maps anew can fail: see
+    :func:`map_each_tensor`.
+    """
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at_op, self.is_down = at, False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Counts, and moves the cap where it is time to."""
+        self.ops += 1
+        if self.ops - 1 == self.at_op:
+            self.is_down = True
+            set_hard_cap(0)
+        elif self.ops - 1 > self.at_op + _SQUEEZED_OPS:
+            self.lift()
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if self.is_down:
+                self.lift()
+                self.places.append(_place())
+            raise
+
+    def lift(self) -> None:
+        """The cap is gone."""
+        if self.is_down:
+            self.is_down = False
+            lift_hard_cap()
+
+
+_SQUEEZED_OPS = 12
+
+
+def map_each_tensor() -> None:
+    """Lets ``malloc`` map each block of 64 KiB or more by itself, and give it back to the system at once."""
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def squeezed(job: Job, steps: int, ops: list[int], draw: random.Random) -> tuple[Training[memfit.Step], int]:
+    """A run in which the cap is moved down at a random op of each step; and how often that was an error.
+
+    A step that even the rescue has no memory for raises, and is called again.
+    """
+    training, raised = job.start(), 0
+    for number in range(steps):
+        squeeze = Squeeze(draw.randrange(ops[number]))
+        try:
+            training.run(number, squeeze)
+        except Exception as error:
+            squeeze.lift()
+            if not is_out_of_memory(error):
+                raise
+            raised += 1
+            training.run(number)
+        finally:
+            squeeze.lift()
+    return training, raised
 
 
 def _place() -> str:
@@ -188,29 +258,33 @@ class Job:
     build: Callable[[], nn.Module]
     micro_batch_size: int
     profile: memfit.Profile
+    batch_at: Callable[[int], dict[str, Tensor]] = batch_at
 
     @staticmethod
-    def named(name: str) -> Job:
+    def named(name: str, rows: int = ROWS) -> Job:
         """Profiles a job."""
-        build, size = {"whole": (whole, ROWS), "in parts": (in_parts, 48)}[name]
+        build, size = {"whole": (whole, rows), "in parts": (in_parts, rows // 2)}[name]
         model, optimizer = _fresh(build)
-        profile = memfit.profile(model, loss_of, batch_at(0), optimizer=optimizer, micro_batch_size=size)
-        return Job(name, build, size, profile)
+        drawn = partial(batch_at, rows=rows)
+        profile = memfit.profile(model, loss_of, drawn(0), optimizer=optimizer, micro_batch_size=size)
+        return Job(name, build, size, profile, drawn)
 
-    def start(self, memory: int | str = "1GiB") -> Training[memfit.Step]:
+    def start(
+        self, memory: int | str = "1GiB", loss_fn: Callable[[Any, Any], Tensor] = loss_of
+    ) -> Training[memfit.Step]:
         """The training at its first step."""
         model, optimizer = _fresh(self.build)
         step = memfit.fit(
             model,
-            loss_of,
-            batch_at(0),
+            loss_fn,
+            self.batch_at(0),
             memory=memory,
             optimizer=optimizer,
             micro_batch_size=self.micro_batch_size,
             profile=self.profile,
         )
         torch.manual_seed(3)
-        return Training(model, optimizer, step)
+        return Training(model, optimizer, step, batch_at=self.batch_at)
 
 
 def _fresh(build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:

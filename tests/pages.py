@@ -255,6 +255,24 @@ def _labelled(folder: Path) -> Names:
     return names | {"optimizer": torch.optim.SGD(names["model"].parameters(), lr=0.1)}
 
 
+def _exports(folder: Path) -> Names:
+    """The files that the command above the first block writes, of a small step."""
+    from memfit.report.contents import contents
+    from memfit.report.export import write_exports
+    from memfit.report.reading import Source
+
+    profile = memfit.profile(_net(), _loss, (torch.randn(64, 128), torch.randint(10, (64,))))
+    source = Source("a plan", "memfit report", memfit.find_plan(profile, memory="1GiB"), profile)
+    names = (
+        ("snapshot", "step.pickle"),
+        ("trace", "step.trace.json"),
+        ("csv", "step.csv"),
+        ("data", "step.json"),
+    )
+    write_exports(contents(source, plans=2), {kind: folder / name for kind, name in names})
+    return {}
+
+
 # By page, and by the number of the python block before which they are there.
 GIVEN: dict[str, dict[int, Callable[[Path], Names]]] = {
     "README.md": {0: _readme, 1: _towers, 2: _trainer, 3: _labelled},
@@ -262,6 +280,7 @@ GIVEN: dict[str, dict[int, Callable[[Path], Names]]] = {
     "docs/lightning.md": {0: _lightning},
     "docs/accelerate.md": {0: _accelerate},
     "docs/compile.md": {0: _blocks},
+    "docs/export.md": {0: _exports},
     "docs/many_processes.md": {0: _blocks, 1: _blocks},
 }
 SLOW = {"docs/tutorial.md"}  # its commands are run by `make tutorial`

@@ -67,7 +67,7 @@ def test_each_help_has_an_example_and_imports_no_torch() -> None:
 
 def test_profile_says_where_the_plain_peak_goes(capsys: Captured) -> None:
     code, out, _ = run(capsys, "profile", "jobs:wide_and_blocked", "--batch-size", 4, "--json")
-    found = data(out, "breakdown")
+    found = data(out, "profile")
     assert code == 0
     assert found["rows"] == found["effective_rows"] == 4
     assert sum(found["peak"]["by_category"].values()) == found["peak"]["total_bytes"]
@@ -136,7 +136,7 @@ def test_profile_records_really_where_fake_tensors_fail_or_it_is_asked_to(
     code, out, said = run(capsys, "profile", "jobs:tiny", "--real", "--json")
     assert code == 0
     assert "fake" not in said
-    assert "measured" in data(out, "breakdown")["source"]
+    assert "measured" in data(out, "profile")["source"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_under_a_hard_cap_the_plain_run_dies_of_memory_and_memfit_does_not(capsy
     target = ["jobs:wide_and_blocked", "--batch-size", 16]  # plain: about 170 MiB
     options = ["--memory", "30MiB", "--steps", 1, "--hard-cap", "130MiB"]
     code, out, said = run(capsys, "compare", *target, *options, "--json")
-    plain, _, fitted = data(out, "comparison")["ways"]
+    plain, _, fitted = data(out, "compare")["ways"]
     assert code == 0, said
     assert plain["end"] == "out of memory"
     assert "the step asked for another" in plain["detail"]

@@ -176,9 +176,12 @@ def test_the_picture_of_the_readme_can_be_drawn_and_the_example_holds_its_budget
         [sys.executable, str(ROOT / "examples" / "timeline.py")], capture_output=True, text=True, check=True
     )
     assert "budget 128.0 MiB held" in done.stdout
-    assert re.search(
-        r"^plain +\d+\.\d MiB\n[▁-█]{96}\nmemfit +\d+\.\d MiB\n[▁-█]{96}$", done.stdout, re.MULTILINE
+    told = re.findall(
+        r"^live bytes, (\w+): peak (\d+\.\d MiB), .+\n((?:[ ▁-█]{1,96}\n){2,4})", done.stdout, re.MULTILINE
     )
+    assert [name for name, _, _ in told] == ["plain", "memfit"]
+    shown = (ROOT / "README.md").read_text()
+    assert all(f"live bytes, {name}: peak {peak}" in shown for name, peak, _ in told)
 
 
 def test_the_tables_of_figures_are_made_from_the_newest_results() -> None:

@@ -352,6 +352,34 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_and_leaves_it_alone() -
     assert torch.equal(before, layer.weight)
 
 
+@pytest.mark.parametrize("how", ["data", "detach"])
+def test_a_write_to_a_parameter_past_autograd_is_refused_and_undone(how: str) -> None:
+    class Clipping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.data if how == "data" else self.weight.detach()
+            weight.clamp_(-0.01, 0.01)
+            if x.sum().item() > 1e9:  # fakes cannot tell, so that the step is recorded really
+                return x
+            out: Tensor = super().forward(x)
+            return out
+
+    layer = Clipping(WIDTH, 1)
+    net, before = nn.Sequential(layer), layer.weight.detach().clone()
+    with pytest.raises(UnsupportedModel, match=r"writes to the parameter '0.weight'"):
+        fit(model=net, count="rows")
+    assert torch.equal(before, layer.weight)
+
+
+def test_fitting_leaves_the_rows_that_an_embedding_renormalises_as_they_were() -> None:
+    embedding = nn.Embedding(20, WIDTH, max_norm=0.1)
+    net, before = nn.Sequential(embedding, nn.Linear(WIDTH, 1)), embedding.weight.detach().clone()
+    ids = torch.arange(12).view(6, 2)
+    step = memfit.fit(net, lambda m, b: m(b).square().mean(), ids, memory="1GiB", micro_batch_size=6)
+    assert torch.equal(before, embedding.weight)
+    step(ids)
+    assert not torch.equal(before, embedding.weight)
+
+
 def test_torch_func_in_the_loss_is_refused_with_the_cure() -> None:
     def penalised(m: Any, b: Any) -> Tensor:
         slope = torch.func.grad(lambda x: m(x).sum())(b["x"])
@@ -360,6 +388,16 @@ def test_torch_func_in_the_loss_is_refused_with_the_cure() -> None:
 
     with pytest.raises(UnsupportedModel, match=r"torch.func.*torch.autograd.grad"):
         fit(loss_fn=penalised, count="rows")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("part", [None, "1"])
+def test_a_scripted_module_is_refused_with_the_cure(part: str | None) -> None:
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    model = scripted if part is None else nn.Sequential(nn.Linear(4, 4), scripted)
+    with pytest.raises(UnsupportedModel, match=r"before torch.jit.script") as caught:
+        memfit.fit(model, lambda m, x: m(x).mean(), torch.randn(4, 4), memory="1GiB")
+    assert caught.value.owner == (part or "model")
 
 
 def weighted(m: Any, b: Any) -> Tensor:

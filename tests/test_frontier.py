@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memfit.cli import main
-from memfit.core.frontier import frontier, undominated
+from memfit.core.frontier import _budgets, frontier, undominated
 from memfit.core.graph import Profile, Residents
 from memfit.core.plan import find_plan, simulate
 from memfit.errors import InfeasibleBudget
@@ -39,6 +39,29 @@ def test_a_frontier_goes_from_the_least_memory_to_no_recomputation(profile: Prof
     with pytest.raises(InfeasibleBudget) as refused:
         find_plan(profile, memory=1)
     assert found[0].predicted_peak_bytes == refused.value.needed_bytes
+
+
+@FEW
+@given(chains(6), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4))
+def test_a_frontier_holds_what_is_best_at_each_budget_of_interest(
+    profile: Profile, shares: list[float]
+) -> None:
+    low, *_, high = (plan.predicted_peak_bytes for plan in [*frontier(profile, plans=2)] * 2)
+    budgets = [round(low + share * (high - low)) for share in shares]
+    found = frontier(profile, plans=2 + len(budgets), budgets_bytes=budgets)
+    assert found[0].predicted_peak_bytes == low
+    assert found[-1].predicted_peak_bytes == high
+    for budget in budgets:
+        best = max(
+            (p for p in found if p.predicted_peak_bytes <= budget), key=lambda p: p.predicted_peak_bytes
+        )
+        assert best.predicted_step_s <= find_plan(profile, memory=budget).predicted_step_s
+
+
+def test_gaps_between_budgets_of_interest_are_halved_by_ratio() -> None:
+    assert _budgets((100, 1600), 0, 3, [400, 50, 1600]) == [400, 200, 800]
+    assert _budgets((100, 1600), 0, 3, []) == [200, 400, 800]
+    assert _budgets((100, 1600), 0, 2, range(101, 111)) == [101, 106]
 
 
 @FEW

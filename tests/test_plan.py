@@ -278,6 +278,14 @@ def test_a_micro_batch_size_that_was_not_recorded_is_refused() -> None:
         find_plan(chain(4), memory=303, micro_batch_size=2)
 
 
+def test_a_larger_recorded_size_is_not_taken_for_the_one_that_is_asked_for() -> None:
+    small, large = (replace(graph, rows=rows) for rows in (2, 8) for graph in chain(4).graphs)
+    profile = replace(chain(4), graphs=(large, small), rows=8)
+    assert find_plan(profile, memory=303, micro_batch_size=2).micro_batch_size == 2
+    with pytest.raises(ValueError, match="no micro-batch of 5 rows: it holds those of 2, 8"):
+        find_plan(profile, memory=303, micro_batch_size=5)
+
+
 def test_a_step_that_saves_nothing_is_refused_with_what_it_needs() -> None:
     """One op makes 10 bytes, beside them two gradients of 1 byte."""
     profile = Profile(1, (build((Piece(sizes=(10,)),)),), NOTHING)

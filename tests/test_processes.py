@@ -69,7 +69,8 @@ def test_processes_share_the_batch_and_survive_a_kill(tmp_path: Path) -> None:
 @pytest.mark.restarts
 def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path: Path) -> None:
     alone = started("-m", "memfit", *run(tmp_path / "two", "--nproc", 2))
-    assert alone.wait(timeout=300) == 0
+    said = alone.communicate(timeout=300)[1]
+    assert alone.returncode == 0, said
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 2)
     restarted = started(*torchrun, "-m", "memfit", *run(tmp_path / "three", "--resume"))
     kill_a_worker(restarted, tmp_path / "three", 6)

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cli import main
-from memfit.core.frontier import frontier
+from memfit.core.frontier import frontier, undominated
 from memfit.core.graph import OpKey, Profile, StepGraph
 from memfit.core.outline import Point, outline, thinned
 from memfit.core.plan import Plan, find_plan, simulate
+from memfit.core.strategies import strategies
 from memfit.core.strip import blocks_of, decisions, recomputed_shares
 from memfit.core.timeline import Event
 from memfit.report.contents import PLANS, contents, sizes_of
@@ -88,9 +89,10 @@ def profile(run: Path) -> Profile:
 
 @pytest.fixture(scope="module")
 def plans(run: Path, profile: Profile) -> dict[tuple[int, float], Plan]:
-    """The frontier and the plan of the run, by peak and seconds."""
+    """The frontier at the peaks of the ways by hand and the plan of the run, by peak and seconds."""
     own = Plan.from_json((run / "plan.json").read_text())
-    both = [*frontier(profile, plans=PLANS), own]
+    by_hand = [strategy.predicted_peak_bytes for strategy in undominated(strategies(profile))]
+    both = [*frontier(profile, plans=PLANS, budgets_bytes=by_hand), own]
     return {(plan.predicted_peak_bytes, plan.predicted_step_s): plan for plan in both}
 
 

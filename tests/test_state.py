@@ -159,6 +159,16 @@ def test_a_half_written_checkpoint_is_neither_used_nor_kept(saved: Path) -> None
     assert not list(saved.glob("*.tmp"))
 
 
+def test_a_checkpoint_that_is_being_removed_has_not_the_name_of_a_whole_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: removed.append(path.name))
+    save_checkpoint(saved, Position(6, 3), *build())
+    assert "step-00000002.tmp" in removed
+    assert all(name.endswith(".tmp") for name in removed)
+
+
 def test_a_folder_without_checkpoints_has_no_latest_one(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
 
@@ -200,7 +210,7 @@ def test_a_damaged_file_is_named_and_the_other_checkpoint_offered(
     ("content", "says"),
     [
         ("{", "damaged"),
-        ("[]", "not written by memfit"),
+        ("[]", "no JSON object"),
         ('{"format": "other"}', "not written by memfit"),
         ('{"format": "memfit-checkpoint", "version": 99}', "version 99"),
         ('{"format": "memfit-checkpoint", "version": 1}', "damaged"),

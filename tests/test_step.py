@@ -408,6 +408,58 @@ def test_a_promise_that_cannot_be_kept_fails_and_leaves_no_trace(stubborn: bool)
     assert_same(outcome_of(model, torch.zeros(())), before)
 
 
+def test_the_memory_that_a_failed_verification_names_is_enough() -> None:
+    model, batch = deep(), batch_of(256)
+    step = deceived(model, batch, 0.5, 0)
+    with pytest.raises(VerificationFailed) as caught:
+        step(batch)
+    needed_bytes = caught.value.needed_bytes
+    assert needed_bytes is not None
+    assert f"{needed_bytes:,} B should be enough" in str(caught.value)
+    profile = step.profile
+    plan = memfit.find_plan(profile, memory=needed_bytes)
+    again = Step(
+        Accumulation(model, mean_over_rows, None), plan, profile, optimizer=None, find=lambda _: plan
+    )
+    again(batch)
+    assert again.verdict is not None
+    assert again.verdict.held
+
+
+class Counting(nn.Module):
+    """Goes another way at every other call, with what is left of the last one and a number drawn once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: nn.Module = deep()
+        self.calls = 0
+        self.drawn: float | None = None
+        self.kept = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The inner model, in one of two ways."""
+        self.calls += 1
+        if self.drawn is None:
+            self.drawn = float(torch.rand(()))
+            self.inner = nn.Sequential(*self.inner.children())  # as BigBird exchanges its attention
+        out: Tensor = self.inner(x) * (1 + self.calls % 2) + self.kept * self.drawn
+        self.kept = out.detach().mean()
+        return out
+
+
+def test_a_batch_that_runs_again_finds_the_model_as_it_was_before_the_first_attempt() -> None:
+    model, batch = Counting(), batch_of(256)
+    step = deceived(model, batch, 0.8, 0.85)
+    torch.manual_seed(5)
+    twin, loss = plain(model, mean_over_rows, batch)
+    expected = outcome_of(twin, loss)
+    torch.manual_seed(5)
+    replayed = step(batch)
+    assert step.verdict is not None
+    assert step.verdict.attempts > 1
+    assert_same(outcome_of(model, replayed), expected)
+
+
 def test_only_the_first_steps_are_metered(monkeypatch: pytest.MonkeyPatch) -> None:
     meters: list[int] = []
 

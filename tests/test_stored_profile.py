@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,8 +274,8 @@ def test_a_resumed_run_plans_from_the_profile_it_stored(tmp_path: Path) -> None:
     options = TrainOptions(target, "1GiB", 4, out, batch_size=4)
     train(options, Watch())
     text = (out / "profile.json").read_text()
-    marked = json.loads(text) | {"source": "a stored profile"}
-    (out / "profile.json").write_text(json.dumps(marked))
+    marked = replace(memfit.Profile.from_json(text), source="a stored profile")
+    (out / "profile.json").write_text(marked.to_json())
     train(TrainOptions(target, "1GiB", 6, out, batch_size=4, resume=True), Watch())
     assert json.loads((out / "profile.json").read_text())["source"] == "a stored profile"
     (out / "profile.json").write_text("{")

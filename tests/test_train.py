@@ -104,6 +104,20 @@ def test_ctrl_c_saves_the_step_in_progress_and_ends_with_130(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_ctrl_c_before_the_first_step_runs_none_and_the_run_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    target = "jobs:interrupts_itself_before_step_1"
+    assert train(tmp_path / "whole", "--plain", target=target) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("MEMFIT_TEST_INTERRUPT", "yes")
+        assert train(tmp_path / "parts", "--plain", target=target) == 130
+    assert "Interrupted before step 1: go on with --resume" in capsys.readouterr().err
+    assert losses(tmp_path / "parts") == []
+    assert train(tmp_path / "parts", "--plain", "--resume", target=target) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_full_disk_is_bad_input_and_the_run_goes_on_afterwards(tmp_path: Path, capsys: Captured) -> None:
     assert train(tmp_path / "whole", "--plain", "--save-every", 3) == 0
     assert train(tmp_path / "full", "--plain", "--save-every", 3, steps=3) == 0

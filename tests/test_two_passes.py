@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from memfit.core.batching import parts_for
 from memfit.errors import InexactAccumulation
 from memfit.runtime.job import optimizer_state
 from memfit.runtime.meter import PeakMeter, resident_bytes
+from memfit.runtime.rehearse import _made_up
 
 ROWS, LENGTH, WIDTH, WORDS = 7, 6, 16, 23
 PLENTY = "1GiB"
@@ -561,6 +563,37 @@ def test_a_loss_that_needs_all_its_rows_is_left_whole_without_an_error() -> None
     step = memfit.fit(encoder(), of_seven, pairs(), memory=PLENTY, outputs_fn=both)
     assert step.plan.gradient_accumulation_steps == 1
     step(pairs())
+
+
+@pytest.mark.parametrize("pinned", [None, 512])
+def test_a_loss_that_takes_all_rows_or_none_is_measured_in_every_op(pinned: int | None) -> None:
+    """Few rows alone cannot be run: the second pass of few is, or the whole batch."""
+    rows = 512
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    batch = torch.randn(rows, 8)
+
+    def outputs_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return F.normalize(model(batch))
+
+    def loss_fn(outputs: Tensor, batch: Tensor) -> Tensor:
+        return F.cross_entropy(20 * outputs @ outputs.T, torch.arange(rows))
+
+    found = memfit.profile(model, loss_fn, batch, outputs_fn=outputs_fn, micro_batch_size=pinned)
+    assert re.fullmatch(r"measured at \d+ and \d+ rows", found.source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_made_up_outputs_are_as_long_as_embeddings_and_between_0_and_1(
+    dtype: torch.dtype,
+) -> None:
+    """A softmax of large products leaves denormal numbers, which take CPUs ten times as long."""
+    for shape in ((50,), (50, 64), (50, 8, 8)):
+        found = _made_up(torch.zeros(2, *shape[1:], dtype=dtype), shape)
+        assert (found.shape, found.dtype) == (shape, dtype)
+        numbers = torch.view_as_real(found) if dtype.is_complex else found
+        assert 0 <= numbers.min() < numbers.max() <= 1
+        if len(shape) > 1:
+            assert 0.3 < found.abs().float().flatten(1).norm(dim=1).max() < 1.5
 
 
 def test_a_batch_pinned_whole_may_be_said_to_be_coupled_and_a_larger_one_is_run_in_parts() -> None:

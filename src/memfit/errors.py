@@ -63,10 +63,20 @@ class VerificationFailed(MemfitError):
         predicted_bytes: The promised peak.
         measured_bytes: The peak the allocator saw.
         budget_bytes: The memory that was asked for.
+        needed_bytes: The smallest memory that works by what the run has shown; None if it is not known.
     """
 
-    def __init__(self, message: str, *, predicted_bytes: int, measured_bytes: int, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        predicted_bytes: int,
+        measured_bytes: int,
+        budget_bytes: int,
+        needed_bytes: int | None = None,
+    ) -> None:
         super().__init__(message)
+        self.needed_bytes = needed_bytes
         self.predicted_bytes = predicted_bytes
         self.measured_bytes = measured_bytes
         self.budget_bytes = budget_bytes

@@ -189,7 +189,6 @@ class _Run:
     position: Position
     batches: Iterator[Any]
     earlier: tuple[float, ...]
-    advice: tuple[str, ...]
     ranks: Ranks
 
 
@@ -274,17 +273,19 @@ def _prepare(options: TrainOptions, pinned: int | None, watch: Watcher, ranks: R
             watch.said(f"resuming after step {position.step}")
         earlier = cut_losses(options.out, position.step) if options.resume and ranks.rank == 0 else ()
         workload.model.train()
-    step, lines = None, tuple[str, ...]()
+    step = None
     if not options.plain and position.step < options.steps:
         micro = position.micro_batch_size or pinned
         step = _fit(workload, options, replace(position, micro_batch_size=micro), watch, ranks)
-        lines = _advice(workload, step, watch, ranks)
+        lines = _advice(workload, step, ranks)
+        if lines:
+            watch.said(block(lines))
     # The training itself starts from the seed, whatever building and planning drew.
     seed_everything(options.seed)
     if drawn is not None:
         drawn.restore()
     batches = with_own_randomness(workload.batches_from(position.step), options.seed)
-    return _Run(options, workload, step, position, batches, earlier, lines, ranks)
+    return _Run(options, workload, step, position, batches, earlier, ranks)
 
 
 def seed_everything(seed: int) -> None:
@@ -343,13 +344,10 @@ def _fit(workload: Workload, options: TrainOptions, position: Position, watch: W
     return step
 
 
-def _advice(workload: Workload, step: Step, watch: Watcher, ranks: Ranks) -> tuple[str, ...]:
-    """Returns what could be done besides the plan, and says it."""
+def _advice(workload: Workload, step: Step, ranks: Ranks) -> tuple[str, ...]:
+    """Returns what could be done besides the plan, in seconds of the speed known by now."""
     epoch = workload.rows_per_epoch(step.plan.rows * ranks.size)
-    lines = advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
-    if lines:
-        watch.said(block(lines))
-    return lines
+    return advice(step.profile, step.plan, rows_per_epoch=epoch, betas=workload.betas)
 
 
 def _go(run: _Run, watch: Watcher) -> RunResult:
@@ -358,10 +356,12 @@ def _go(run: _Run, watch: Watcher) -> RunResult:
     losses, plain_s = list(run.earlier), list[float]()
     measured: int | None = None
     rescued = 0
-    asked = False
     with _loss_log(run) as log, _stop_on_signal() as stop:
+        asked = False
         while done < options.steps and not asked:
             batch = next(run.batches)
+            if done == run.position.step and _is_asked(run, stop):
+                break  # nothing is half done yet, and the first step is the longest
             amount = _amount(batch)
             batch = own_rows(batch, run.ranks)
             if run.ranks.rank > 0:
@@ -400,6 +400,11 @@ def _logged(run: _Run, log: LossLog | None, entry: tuple[int, float, float], sto
             log.add(*entry)
     except OSError as error:
         failure = error
+    return _is_asked(run, stop, failure)
+
+
+def _is_asked(run: _Run, stop: _Stop, failure: Exception | None = None) -> bool:
+    """Whether any rank was asked to stop; a meeting, which raises what has gone wrong on one of them."""
     return any(asked for (asked,) in run.ranks.table([stop.asked], failure))
 
 
@@ -555,7 +560,7 @@ def _result(
         held=held,
         interrupted=interrupted,
         out=run.options.out,
-        advice=run.advice,
+        advice=() if run.step is None else _advice(run.workload, run.step, run.ranks),
         is_first=run.ranks.rank == 0,
     )
 
@@ -620,7 +625,7 @@ def _leaves(batch: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second interrupts."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -18,6 +18,8 @@ _UNIT_BYTES: Final = {
     "tb": 10**12,
 }
 _QUANTITY: Final = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z%]*)", re.ASCII)
+_MOST_DIGITS: Final = 40
+_BEYOND: Final = 2**63
 _CURE: Final = "write an int of bytes, or a number and its unit such as '8GiB', '512MiB' or '8GB'"
 
 
@@ -44,6 +46,8 @@ def parse_memory(text_or_int: str | int, *, total_bytes: int | None = None) -> i
     if match is None:
         raise ValueError(f"cannot read {text_or_int!r} as an amount of memory: {_CURE}")
     number, unit = match["number"], match["unit"]
+    if len(number) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(number)} digits is more memory than any machine has: {_CURE}")
     if unit == "%":
         return _share(text_or_int, Decimal(number), total_bytes)
     return _positive(int(Decimal(number) * _unit_bytes(text_or_int, number, unit)), text_or_int)
@@ -80,6 +84,8 @@ def _share(text: str, percent: Decimal, total_bytes: int | None) -> int:
 def _positive(amount_bytes: int, read: str | int) -> int:
     if amount_bytes < 1:
         raise ValueError(f"memory must be at least one byte, and {read!r} is not: {_CURE}")
+    if amount_bytes >= _BEYOND:
+        raise ValueError(f"no machine has 8 EiB (2**63 B) of memory, or more: {_CURE}")
     return amount_bytes
 
 

@@ -1,10 +1,11 @@
-"""What micro-batches weigh on several ranks, and a torch without ranks."""
+"""What micro-batches weigh on several ranks; how processes find each other, if there are others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch._C._distributed_c10d import TCPStore
 
 from memfit.errors import InexactAccumulation
 from memfit.runtime.accumulate import is_nothing
@@ -32,3 +33,25 @@ def test_a_torch_built_without_distributed_runs_one_process(monkeypatch: pytest.
     monkeypatch.delattr(torch.distributed, "is_torchelastic_launched")
     with process_group(None) as ranks:
         assert ranks.size == 1
+
+
+def test_a_restarted_process_reads_nothing_of_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps one store for all restarts: what a first attempt wrote there must not be found later."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agents = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "localhost",
+    }
+    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(store.port)}
+    for name, value in (agents | here).items():
+        monkeypatch.setenv(name, value)
+    written = []
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        before = {*store.list_keys()}
+        with process_group(None) as ranks:
+            assert ranks.size == 1
+        written.append({*store.list_keys()} - before)
+    assert all(written)
+    assert {key.partition("/")[0] for keys in written for key in keys} == {"attempt 0", "attempt 1"}

@@ -52,7 +52,7 @@ def compare(
         console = progress(quiet=quiet)
         found = run_all(request, lambda text: console.print(text, style="dim"))
     if as_json:
-        show_json("comparison", {"target": target, "steps": steps} | found.as_json())
+        show_json("compare", {"target": target, "steps": steps} | found.as_json())
     else:
         if not quiet:
             show(compare_table(found, target), *compare_notes(found))

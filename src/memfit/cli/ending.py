@@ -37,12 +37,16 @@ PIPED_WIDTH = 100  # of what is no terminal, whatever the window it was started 
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ends with the code of an interruption on Ctrl-C; typer would use its own."""
+def interruptible(left: str = "") -> Iterator[None]:
+    """Ends with the code of an interruption on Ctrl-C; typer would use its own.
+
+    Args:
+        left: What the command leaves behind, for people.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        say("Interrupted. The last checkpoint stays: go on with --resume.")
+        say(f"Interrupted. {left}".rstrip())
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

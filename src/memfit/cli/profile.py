@@ -51,7 +51,7 @@ def profile(
             "by_category": bytes_by_category(found.peak),
         }
         more = {"kept_bytes": found.kept_bytes, "source": recorded.source, "effective_rows": recorded.rows}
-        show_json("breakdown", asdict(found) | {"peak": peak} | more)
+        show_json("profile", asdict(found) | {"peak": peak} | more)
         return
     if not quiet:
         show(*spaced(profile_tables(found)), seconds_note(recorded), "")

@@ -112,7 +112,7 @@ def read_profile(path: Path) -> Profile:
 
     try:
         return Profile.from_json(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}. Make one with `memfit profile TARGET --out {path}`") from error
 
 

@@ -65,7 +65,7 @@ def train(
         )
     if nproc > 1:
         raise typer.Exit(_launched(nproc, context.obj))
-    with interruptible():
+    with interruptible("The last checkpoint stays: go on with --resume."):
         from memfit.train import TrainOptions
         from memfit.train import train as run_training
 
@@ -123,7 +123,8 @@ def _end(result: RunResult) -> None:
     """Ends all processes of a run with its exit code; the first one says why."""
     if result.interrupted:
         if result.is_first:
-            say(f"Interrupted after step {result.steps_done}, which is saved: go on with --resume.")
+            when = f"after step {result.steps_done}, which is saved" if result.steps_done else "before step 1"
+            say(f"Interrupted {when}: go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.held is False:
         if result.is_first:

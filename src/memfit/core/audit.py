@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from memfit.core.stored import FloatOrNan
+
 Vector = NDArray[np.float64]
 Span = tuple[int, int]
 Counts = Mapping[str, Mapping[Span, float]]
@@ -77,7 +79,7 @@ class Audit:
 
     kind: Kind
     counter: str | None
-    worst_error: float
+    worst_error: FloatOrNan
     owner: str
     cures: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
@@ -110,18 +112,6 @@ class Audit:
             "worst_error": error,
             "terms": terms,
         }
-
-    @staticmethod
-    def from_data(data: Mapping[str, Any]) -> Audit:
-        """Reads what :meth:`to_data` made.
-
-        Raises:
-            KeyError, TypeError, AttributeError, ValueError: It is something else.
-        """
-        told: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
-        error = float("nan") if told["worst_error"] is None else float(told["worst_error"])
-        terms = tuple((str(name), Audit.from_data(term)) for name, term in told["terms"])
-        return Audit(**(told | {"kind": Kind[told["kind"]], "worst_error": error, "terms": terms}))
 
     def __str__(self) -> str:
         """A few lines for people."""

@@ -93,7 +93,7 @@ class _Teller(Recorder):
         if kind is not BlockKind.STORAGE:
             own = {BlockKind.REPLAYED: RECOMPUTED, BlockKind.SEED: ACTIVATION}
             return own.get(kind, TEMPORARY)
-        if self._is_activation(item):
+        if self.is_activation[item]:
             return ACTIVATION
         return self._persisting if self.graph.storages[item].persists else TEMPORARY
 

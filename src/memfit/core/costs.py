@@ -159,6 +159,18 @@ def with_costs(
     return replace(graph, ops=tuple(ops))
 
 
+def with_seconds_of(loss: StepGraph, graph: StepGraph, *, but: Measured) -> StepGraph:
+    """The graph of as many rows as a loss, with the seconds that the loss's own ops took by themselves.
+
+    Args:
+        but: What was measured of the graph itself, which is left as it is.
+    """
+    if graph.rows != loss.rows:
+        return graph
+    took_s = {op.key: op.seconds for op in loss.ops if op.key not in but.seconds}
+    return replace(graph, ops=tuple(replace(op, seconds=took_s.get(op.key, op.seconds)) for op in graph.ops))
+
+
 def fixed_share(small: Measured, large: Measured) -> float:
     """The part of the larger run's seconds that does not grow with the rows, between 0 and 1."""
     if small.rows >= large.rows:

@@ -12,6 +12,7 @@ Note [Export]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def export(plan: Plan, tool: str, compared: Iterable[Strategy] = ()) -> Export:
 
 def equal_part(plan: Plan) -> int:
     """The most rows of a part that all parts can have, at most the plan's micro-batch."""
-    return next(size for size in range(plan.micro_batch_size, 0, -1) if plan.rows % size == 0)
+    small = [size for size in range(1, math.isqrt(plan.rows) + 1) if plan.rows % size == 0]
+    return max(size for pair in small for size in (pair, plan.rows // pair) if size <= plan.micro_batch_size)
 
 
 def _lost_passes(plan: Plan) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 from memfit.core.graph import Profile
@@ -12,7 +14,13 @@ from memfit.core.plan import Plan, Planner
 _PLENTY_BYTES = 1 << 62
 
 
-def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: int = 24) -> list[Plan]:
+def frontier(
+    profile: Profile,
+    *,
+    micro_batch_size: int | None = None,
+    plans: int = 24,
+    budgets_bytes: Collection[int] = (),
+) -> list[Plan]:
     """The undominated plans from the least memory that works to no recomputation, least memory first.
 
     Each one takes more memory than the one before and is faster. Each plan's budget is its own peak.
@@ -21,7 +29,10 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
 
     Args:
         micro_batch_size: Pins the micro-batch; otherwise each plan has its own.
-        plans: How many budgets to plan for, at least 2, at equal ratios of the memory above the residents.
+        plans: How many budgets to plan for, at least 2: the two ends, ``budgets_bytes`` as far as they are
+            between and there is room, and the middles of the widest gaps, as ratios of the memory above
+            the residents; without ``budgets_bytes``, at equal ratios.
+        budgets_bytes: Budgets of interest, such as the peaks of other ways to run the step.
 
     Raises:
         ValueError: ``plans`` is below 2, or the profile has no step, or no such micro-batch.
@@ -34,13 +45,29 @@ def frontier(profile: Profile, *, micro_batch_size: int | None = None, plans: in
     lowest = planner.fastest(lowest.predicted_peak_bytes) or lowest
     found = [lowest, fastest]
     base_bytes = min(profile.residents.total_bytes, lowest.predicted_peak_bytes - 1)
-    low, high = (plan.predicted_peak_bytes - base_bytes for plan in (lowest, fastest))
-    for i in range(1, plans - 1):
-        budget_bytes = base_bytes + round(low * (high / low) ** (i / (plans - 1)))
+    ends = (lowest.predicted_peak_bytes, fastest.predicted_peak_bytes)
+    for budget_bytes in _budgets(ends, base_bytes, plans - 2, budgets_bytes):
         plan = planner.fastest(budget_bytes)
         if plan is not None:
             found.append(plan)
     return [replace(plan, budget_bytes=plan.predicted_peak_bytes) for plan in undominated(found)]
+
+
+def _budgets(ends: tuple[int, int], base_bytes: int, count: int, wanted: Collection[int]) -> list[int]:
+    """So many budgets between two, those that are wanted first. See :func:`frontier`."""
+    low, high = ends
+    between = sorted({budget for budget in wanted if low < budget < high})
+    if not between:
+        ratio = (high - base_bytes) / (low - base_bytes)
+        return [
+            base_bytes + round((low - base_bytes) * ratio ** (i / (count + 1))) for i in range(1, count + 1)
+        ]
+    found = between if len(between) <= count else [between[i * len(between) // count] for i in range(count)]
+    while len(found) < count:
+        around = sorted([low, *found, high])
+        below, above = max(pairwise(around), key=lambda gap: (gap[1] - base_bytes) / (gap[0] - base_bytes))
+        found.append(base_bytes + round(math.sqrt((below - base_bytes) * (above - base_bytes))))
+    return found
 
 
 def fallbacks(profile: Profile, plan: Plan) -> Iterator[Plan]:

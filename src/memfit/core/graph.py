@@ -15,7 +15,6 @@ Note [The step graph]
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 
 from memfit.core.audit import Audit
 from memfit.core.basis import Basis
+from memfit.core.soundness import check_profile
+from memfit.core.stored import decode, is_intact, of_format, read, sealed
 
 FORMAT = 3
 COMPILED = "torch.compile of "  # begins the name of an op that stands for a region it hides
@@ -178,22 +179,6 @@ class StepGraph:
             "coupled": list(self.coupled),
             "held_bytes": self.held_bytes,
         }
-
-    @staticmethod
-    def from_data(data: dict[str, Any]) -> StepGraph:
-        """The inverse of :meth:`to_data`."""
-        return StepGraph(
-            rows=data["rows"],
-            forward_ops=data["forward_ops"],
-            gradients_resident=data["gradients_resident"],
-            ops=tuple(_op_from_row(row) for row in data["ops"]),
-            storages=tuple(Storage(*row) for row in data["storages"]),
-            values=tuple(Value(*row) for row in data["values"]),
-            saves=tuple(Save(value) for value in data["saves"]),
-            log=tuple(LogEntry(*row) for row in data["log"]),
-            coupled=tuple(data["coupled"]),
-            held_bytes=data["held_bytes"],
-        )
 
 
 EMPTY_GRAPH = StepGraph(1, 0, True, (), (), (), (), ())
@@ -351,56 +336,17 @@ class Profile:
         data |= {"graphs": [graph.to_data() for graph in self.graphs], "residents": asdict(self.residents)}
         data |= {name: data[name].to_data() for name in _SINGLE_GRAPHS}
         data["audit"] = None if self.audit is None else self.audit.to_data()
-        return json.dumps(data | {"format": FORMAT})
+        return sealed(data | {"format": FORMAT})
 
     @staticmethod
     def from_json(text: str) -> Profile:
-        """Reads a profile.
+        """Reads a profile. One without a seal has no ``basis``: it can be planned with, not trained with.
 
         Raises:
-            ValueError: The text is not a profile of this version.
+            ValueError: The text is not a profile of this version, or was changed since it was written.
         """
-        data = _checked(text, "profile")
-        try:
-            graphs = tuple(StepGraph.from_data(row) for row in data.pop("graphs"))
-            data |= {name: StepGraph.from_data(data[name]) for name in _SINGLE_GRAPHS}
-            data["basis"] = tuple((name, value) for name, value in data["basis"])
-            data["audit"] = None if data.get("audit") is None else Audit.from_data(data["audit"])
-            residents = data.pop("residents")
-            residents |= {name: tuple(residents[name]) for name in residents if name.endswith("_sizes")}
-            profile = Profile(graphs=graphs, residents=Residents(**residents), **data)
-            _check_profile(profile)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise ValueError(f"this is not a memfit profile: {error}") from None
-        return profile
-
-
-def _check_profile(profile: Profile) -> None:
-    """Refuses what only a damaged file can hold."""
-    sizes = (profile.rows, profile.alignment_bytes, profile.unexplained_bytes, *profile.residents.totals)
-    if not all(isinstance(size, int) and size >= 0 for size in sizes) or not profile.graphs:
-        raise ValueError("a size is no number, or there is no graph")
-    if not isinstance(profile.fixed_s, (int, float)) or profile.alignment_bytes < 1:
-        raise ValueError("the seconds or the alignment are no number")
-    for graph in (*profile.graphs, *(getattr(profile, name) for name in _SINGLE_GRAPHS)):
-        counts = (len(graph.ops), len(graph.saves), len(graph.saves), len(graph.saves), len(graph.storages))
-        logged = sum(kind == LogKind.OP for kind, _ in graph.log)
-        if logged != len(graph.ops) or any(not 0 <= item < counts[kind] for kind, item in graph.log):
-            raise ValueError("the log names what is not there")
-
-
-def _op_from_row(row: list[Any]) -> Op:
-    """An op from its JSON row: the key and four tuples come first."""
-    key, inputs, outputs, overwrites, allocates, *rest = row
-    return Op(OpKey(*key), tuple(inputs), tuple(outputs), tuple(overwrites), tuple(allocates), *rest)
-
-
-def _checked(text: str, noun: str) -> dict[str, Any]:
-    """Parses JSON and checks that it says it is of this format."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is not a memfit {noun}: {error}") from None
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise ValueError(f"this is not a memfit {noun} of format {FORMAT}; make it again")
-    return data
+        noun = "a memfit profile"
+        data = decode(text, noun)
+        fields_of_it = of_format(data, FORMAT, noun)
+        profile = read(Profile, fields_of_it, noun, check_profile)
+        return profile if is_intact(data, noun) else replace(profile, basis=())

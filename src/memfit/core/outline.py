@@ -4,6 +4,7 @@ Note [Outline]
  1. A step is drawn as it runs, which ``core/unrolled.py`` says.
  2. Time is cut into equal stretches; of each the highest and the lowest moment stay, with all their bytes. So
     the peak is to the byte, and each point is the highest or the lowest of its surroundings.
+ 3. Beyond some number of micro-batches no eye tells them apart: so many are drawn, each as long as several.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import NamedTuple
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
 from memfit.core.timeline import Event
-from memfit.core.unrolled import unrolled
+from memfit.core.unrolled import MICRO_BATCH, Tick, Unrolled, unrolled
 
 _BACKWARD = ("backward", "recompute")
+_MOST_DRAWN = 2 * 150
 STRETCHES = 150  # twice as many points at most: about one a pixel and a half on a screen
 
 
@@ -65,13 +67,24 @@ def outline(profile: Profile, plan: Plan, *, stretches: int = STRETCHES) -> Outl
     Raises:
         ValueError: The plan was made from another profile.
     """
-    step = unrolled(profile, plan)
+    step = unrolled(profile, plan, most_micro_batches=_MOST_DRAWN)
     points, end_s = [], 0.0
-    for tick in step.ticks:
+    for tick in _drawn(step):
         points.append(Point(end_s, tick.event))
         end_s += tick.seconds
     kept, phases = thinned(points, end_s, stretches), _phases(points, end_s)
     return Outline(tuple(kept), tuple(phases), end_s, step.is_first_step)
+
+
+def _drawn(step: Unrolled) -> Iterator[Tick]:
+    """Every moment that is drawn. See Note [Outline] 3."""
+    rest_s = sum(part.seconds for part in step.parts if not part.ticks)
+    shown_s = sum(part.seconds for part in step.parts if part.name.startswith(MICRO_BATCH) and part.ticks)
+    longer = 1 + rest_s / shown_s if rest_s else 1.0
+    for part in step.parts:
+        factor = longer if part.name.startswith(MICRO_BATCH) else 1.0
+        for tick in part.ticks:
+            yield tick._replace(seconds=tick.seconds * factor)
 
 
 def thinned(points: Iterable[Point], end_s: float, stretches: int) -> list[Point]:

@@ -20,9 +20,11 @@ from itertools import repeat
 
 from memfit.core.candidate import Candidate
 from memfit.core.export import Export, export
-from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey, _checked
+from memfit.core.graph import FORMAT, Level, Profile, StepGraph, ValueKey
 from memfit.core.hidden import KNOB, NOTHING_HIDDEN, Hidden, hidden, told
 from memfit.core.links import Choices
+from memfit.core.soundness import check_plan
+from memfit.core.stored import decode, of_format, read
 from memfit.core.timeline import Event, Timeline, droppable, events, floors
 from memfit.errors import InfeasibleBudget
 from memfit.units import format_bytes, format_seconds, parse_memory
@@ -139,16 +141,12 @@ class Plan:
         Raises:
             ValueError: The text is not a plan of this version.
         """
-        data = _checked(text, "plan")
-        data = {name: value for name, value in data.items() if name not in _OF_THE_COMMAND}
-        try:
-            keys = tuple(ValueKey(*row) for row in data.pop("recompute"))
-            levels = tuple(Level(*row) for row in data.pop("levels"))
-            modules, *sizes = data.pop("hidden", NOTHING_HIDDEN)
-            hides = Hidden(tuple(modules), *sizes)
-            return Plan(recompute=keys, levels=levels, hidden=hides, **data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a memfit plan: {error}") from None
+        noun = "a memfit plan"
+        data = of_format(decode(text, noun), FORMAT, noun)
+        own = {name: value for name, value in data.items() if name not in _OF_THE_COMMAND}
+        if not {"recompute", "levels"} <= own.keys():
+            raise ValueError(f"this is not {noun}: it does not say what is recomputed")
+        return read(Plan, own, noun, check_plan)
 
 
 def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | None = None) -> Plan:
@@ -163,7 +161,7 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
 
     Raises:
         InfeasibleBudget: No plan fits; says the smallest memory that works.
-        ValueError: ``memory`` or ``micro_batch_size`` cannot be read.
+        ValueError: ``memory`` cannot be read, or the profile does not hold ``micro_batch_size``.
 
     Cost: for a model of alike blocks, some small programs a kind of block and a recursion a candidate size;
     for any other, a linear program a candidate size and a mixed integer program for the winners.
@@ -172,13 +170,24 @@ def find_plan(profile: Profile, *, memory: str | int, micro_batch_size: int | No
     return Planner(profile, micro_batch_size).best(budget_bytes)
 
 
+def _pinned(profile: Profile, micro_batch_size: int) -> StepGraph:
+    """The graph of that size and no other."""
+    sizes = {graph.rows: graph for graph in profile.graphs}
+    if micro_batch_size not in sizes:
+        raise ValueError(
+            f"the profile has no micro-batch of {micro_batch_size} rows: it holds those of "
+            f"{', '.join(map(str, sorted(sizes)))}; profile the batch again"
+        )
+    return sizes[micro_batch_size]
+
+
 class Planner:
     """The plans of one profile; what is worked out for one budget serves the next. See Note [Search]."""
 
     def __init__(self, profile: Profile, micro_batch_size: int | None = None) -> None:
         if not any(graph.ops for graph in profile.graphs):
             raise ValueError("the profile holds no recorded step, so there is nothing to plan; profile again")
-        graphs = profile.graphs if micro_batch_size is None else (profile.graph(micro_batch_size),)
+        graphs = profile.graphs if micro_batch_size is None else (_pinned(profile, micro_batch_size),)
         choices = Choices(profile.alignment_bytes)
         self._profile = profile
         floor = floors(profile)

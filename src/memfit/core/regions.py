@@ -123,6 +123,9 @@ class _RegionWalk(Walk):
 
     def _read_stretches(self) -> None:
         """The log of each region, from its first entry to its last save."""
+        made_in = {
+            storage: state for op, state in self.state_of.items() for storage in self.graph.ops[op].allocates
+        }
         for entry in self.graph.log:
             kind, item = entry
             if kind == LogKind.OP and item in self.state_of:
@@ -130,8 +133,8 @@ class _RegionWalk(Walk):
             elif kind == LogKind.PACK and self.homes[item] >= 0:
                 self.states[self.homes[item]].stretch.append(entry)
                 self.states[self.homes[item]].unreleased += 1
-            elif kind == LogKind.FREE and self.maker[item] in self.state_of:
-                self.state_of[self.maker[item]].stretch.append(entry)
+            elif kind == LogKind.FREE and item in made_in:
+                made_in[item].stretch.append(entry)
         for state in self.states:
             while state.stretch and state.stretch[-1].kind != LogKind.PACK:
                 state.stretch.pop()

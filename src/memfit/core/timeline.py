@@ -16,7 +16,7 @@ Note [Simulation]
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -144,10 +144,11 @@ class Walk:
         self.activations = self.replayed = self.gradients = self.temporaries = 0
         self.first_backward = graph.forward_ops
         self.is_forward = True
-        self.maker = [0] * len(self.sizes)
+        self.is_activation = [True] * len(self.sizes)  # an op of the forward made it
         for index, op in enumerate(graph.ops):
-            for storage in op.allocates:
-                self.maker[storage] = index
+            if index >= self.first_backward or op.key.frame == COMMUNICATION:
+                for storage in op.allocates:
+                    self.is_activation[storage] = False
         self.moments: list[Moment] = []
         self.replayed_ops: list[int] = []
 
@@ -157,17 +158,12 @@ class Walk:
         """Adds or removes a storage from its category."""
         size = sign * self.sizes[storage]
         self._moved(BlockKind.STORAGE, storage, size)
-        if self._is_activation(storage):
+        if self.is_activation[storage]:
             self.activations += size
         elif self.graph.storages[storage].persists:
             self.gradients += size
         else:
             self.temporaries += size
-
-    def _is_activation(self, storage: int) -> bool:
-        """Whether an op of the forward makes a storage."""
-        maker = self.maker[storage]
-        return maker < self.first_backward and self.graph.ops[maker].key.frame != COMMUNICATION
 
     def _count_seed(self, op: int, sign: int) -> None:
         """Adds or removes the generator state that a replay of an op needs."""
@@ -410,7 +406,7 @@ def run(
 def play(walk: Walk) -> Run:
     """Walks through the log of a walk's graph."""
     graph = walk.graph
-    act = {
+    act: dict[int, Callable[[int], None]] = {
         LogKind.OP: walk.run_op,
         LogKind.PACK: walk.pack,
         LogKind.UNPACK: walk.unpack,
@@ -420,7 +416,7 @@ def play(walk: Walk) -> Run:
     for kind, index in graph.log:
         if kind == LogKind.OP and index == graph.forward_ops:
             walk.end_forward()
-        act[LogKind(kind)](index)
+        act[kind](index)
     return Run(walk.moments, walk.replayed_ops)
 
 

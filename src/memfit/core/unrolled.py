@@ -22,7 +22,7 @@ from memfit.core.graph import Level, OpKey, Profile, StepGraph
 from memfit.core.plan import Plan, dropped_values
 from memfit.core.timeline import Event, events, run, update_events
 
-LOSS_OF_ALL, UPDATE = "loss of all", "update"
+LOSS_OF_ALL, MICRO_BATCH, UPDATE = "loss of all", "micro-batch", "update"
 _NO_OP = OpKey("", "optimizer.step", 0)
 
 
@@ -113,9 +113,9 @@ def _micro_batches(
     shown = steps if most is None else min(steps, most)
     for number in range(shown):
         part = stretched if number else first
-        yield Part(f"micro-batch {number + 1}", part.graph, part.dropped, part.ticks, part.seconds)
+        yield Part(f"{MICRO_BATCH} {number + 1}", part.graph, part.dropped, part.ticks, part.seconds)
     if shown < steps:
-        name = f"micro-batches {shown + 1} to {steps}"
+        name = f"{MICRO_BATCH}es {shown + 1} to {steps}"
         yield Part(name, graph, dropped, (), (steps - shown) * stretched.seconds)
 
 

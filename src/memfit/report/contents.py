@@ -2,6 +2,7 @@
 
 Note [The plans of a report]
  1. The slider moves over the frontier of the profile: few plans, planned here, and the report's own one.
+    They are planned for the peaks of the ways by hand, so that each is compared in its own memory.
  2. Where the batch may not be split (a layer looks across its rows, the audit says no), nor is it here; a
     micro-batch that was pinned stays pinned.
  3. *Plain* is the largest recorded micro-batch without any recomputation: the whole batch, where it was
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memfit.core.frontier import frontier
+from memfit.core.frontier import frontier, undominated
 from memfit.core.graph import Profile, StepGraph
 from memfit.core.outline import Outline, outline
 from memfit.core.plan import Plan, find_plan
@@ -72,7 +73,9 @@ def contents(source: Source, *, plans: int = PLANS) -> Contents:
     if profile is None or plan is None:
         return Contents(source, None)
     pinned = _pinned(source, profile)
-    others = frontier(profile, micro_batch_size=pinned, plans=plans)
+    by_hand = strategies(profile, micro_batch_size=pinned)
+    budgets_bytes = [strategy.predicted_peak_bytes for strategy in undominated(by_hand)]
+    others = frontier(profile, micro_batch_size=pinned, plans=plans, budgets_bytes=budgets_bytes)
     others = [other for other in others if other.predicted_peak_bytes != plan.predicted_peak_bytes]
     found = sorted([*others, plan], key=lambda p: (p.predicted_peak_bytes, p.predicted_step_s))
     largest = max(graph.rows for graph in profile.graphs)
@@ -84,7 +87,7 @@ def contents(source: Source, *, plans: int = PLANS) -> Contents:
             plain=_choice(profile, plain),
             choices=tuple(_choice(profile, each) for each in found),
             chosen=found.index(plan),
-            strategies=tuple(notable(strategies(profile, micro_batch_size=pinned))),
+            strategies=tuple(notable(by_hand)),
         ),
     )
 

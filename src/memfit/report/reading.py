@@ -5,7 +5,6 @@ Imports no torch. ``runtime/folder.py`` says what a folder holds.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan, dropped_values
+from memfit.core.stored import decode
 from memfit.errors import MemfitError
 
 _RUN_FORMAT = "memfit-run"
@@ -115,11 +115,11 @@ def _read_pair(plan_path: Path, profile_path: Path) -> tuple[Plan, Profile]:
     """A plan and the profile it belongs to."""
     try:
         plan = Plan.from_json(plan_path.read_text("utf-8"))
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise _damaged(plan_path, str(error)) from error
     try:
         profile = Profile.from_json(profile_path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(profile_path, str(error)) from error
     try:
         if plan.rows != profile.rows:
@@ -138,21 +138,18 @@ def _losses(path: Path) -> tuple[Loss, ...]:
         return ()
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        found = [json.loads(line) for line in lines]
+        found = [decode(line.decode(), "a loss") for line in lines]
         return tuple(Loss(int(e["step"]), float(e["loss"]), float(e["seconds"])) for e in found)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object in a file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return decode(path.read_text("utf-8"), "the record of a run")
     except ValueError as error:
         raise _damaged(path, str(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "it is not what memfit writes")
-    return content
 
 
 def _damaged(path: Path, why: str) -> BadReport:

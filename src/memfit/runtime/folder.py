@@ -18,6 +18,7 @@ from typing import Any
 
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
+from memfit.core.stored import decode
 from memfit.runtime.state import BadCheckpoint, replace_text
 
 FORMAT = "memfit-run"
@@ -55,12 +56,12 @@ def check_resumable(folder: Path, options: Mapping[str, Any]) -> None:
     _refuse_file(folder)
     path = folder / "run.json"
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = decode(path.read_text("utf-8"), "the record of a run")
     except FileNotFoundError:
         raise ValueError(f"--out {folder} holds no run to resume. Leave out --resume to start.") from None
     except ValueError as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). Start anew in another --out.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
     started = content.get("options")
     if not isinstance(started, dict):
@@ -127,9 +128,10 @@ class LossLog:
 
     def add(self, step: int, loss: float, seconds: float) -> None:
         """Appends a line. JSON keeps every bit of a float in Python."""
-        line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n"
+        line = (json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 6)}) + "\n").encode()
         try:
-            self._file.write(line.encode())
+            while line:  # where room ends within a line, the system writes a part and says nothing
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -151,12 +153,12 @@ def cut_losses(folder: Path, steps: int) -> tuple[float, ...]:
     path = folder / "losses.jsonl"
     lines = path.read_bytes().split(b"\n")[:steps] if path.exists() else []
     try:
-        entries = [json.loads(line) for line in lines]
-        in_order = [entry["step"] for entry in entries] == list(range(1, steps + 1))
+        entries = [decode(line.decode(), "a loss") for line in lines]
+        in_order = [entry["step"] for entry in entries] == [*range(1, len(lines) + 1)]
         losses = tuple(float(entry["loss"]) for entry in entries)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         in_order, losses = False, ()
-    if not in_order:
+    if not in_order or len(losses) != steps:
         raise BadCheckpoint(
             f"{path} does not hold the {steps} steps of the checkpoint. Put the file back, or start anew in "
             f"another --out."

@@ -42,7 +42,14 @@ def process_group(device: str | None) -> Iterator[Ranks]:
     on_cuda = device is not None and torch.device(device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    from torch.distributed.distributed_c10d import PrefixStore  # only where torch is built with it
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps one store for all restarts, with the addresses of processes that are gone: of torch 2.13,
+    # torch.distributed.rendezvous says that each has a store of its own, elastic.rendezvous shares it.
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield Ranks.of(None, torch.device("cuda" if on_cuda else "cpu"))
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from memfit.core.batching import balanced_parts
 from memfit.core.graph import without_gradients
 from memfit.errors import UnsupportedModel
 from memfit.runtime.arguments import check_type
-from memfit.runtime.batch import split, tensors_of
+from memfit.runtime.batch import rows_of, split, tensors_of
 from memfit.runtime.hooks import refuse_accumulation_hooks
 from memfit.runtime.micro import LossFn, micro_batches, weighted_loss
 from memfit.runtime.normalisation import is_pooled
@@ -53,8 +53,8 @@ def check_model(model: nn.Module) -> torch.device:
     Raises:
         TypeError: It is no module.
         ValueError: Nothing is trainable, or autograd is off for good.
-        UnsupportedModel: Its parameters are on several devices, or one has a hook that would step
-            the optimizer inside the backward.
+        UnsupportedModel: Its parameters are on several devices, one has a hook that would step the
+            optimizer inside the backward, or a part is scripted.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     if torch.is_inference_mode_enabled():
@@ -65,6 +65,7 @@ def check_model(model: nn.Module) -> torch.device:
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to "
             "train: call requires_grad_() on what is to be trained"
         )
+    _refuse_scripts(model)
     for name, parameter in trained:
         refuse_accumulation_hooks(name, parameter)
     places = {p.device: name for name, p in model.named_parameters()}
@@ -76,6 +77,18 @@ def check_model(model: nn.Module) -> torch.device:
             owner=second,
         )
     return next(iter(places))
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """Raises for a part that TorchScript compiled: it optimises its ops anew from step to step."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                f"'{name or 'model'}' is a ScriptModule: TorchScript changes its ops from step to step, and "
+                "its parameters are no attributes of a Python module. Give memfit the module before "
+                "torch.jit.script or torch.jit.trace",
+                owner=name or "model",
+            )
 
 
 def record_part(
@@ -118,6 +131,25 @@ def record_part(
         return recording
     coupled = tuple(op for op in recording.graph.coupled if not is_pooled(job.model, op))
     return recording._replace(graph=replace(recording.graph, coupled=coupled))
+
+
+def record_few(job: Job, few: int, probe: Callable[[], Probe], *, hold_saved: bool = False) -> Recording:
+    """Records a step of few rows alone, from no gradients.
+
+    A loss in two passes may take all rows or none. Then it is left out: the second pass is run, of few rows.
+    """
+    total = rows_of(job.batch)
+    part = first_rows(job.batch, total, few)
+    prepare_gradients(job.model, resident=False)
+    try:
+        small = job._replace(batch=part)
+        return record_part(small, part, few, 1, probe(), resident=False, hold_saved=hold_saved)
+    except (RuntimeError, ValueError):
+        if not job.is_two_pass or few == total:
+            raise
+    count = -(-total // few)
+    prepare_gradients(job.model, resident=True)
+    return record_part(job, job.batch, total, count, probe(), resident=True, hold_saved=hold_saved)
 
 
 def prepare_gradients(model: nn.Module, *, resident: bool) -> None:

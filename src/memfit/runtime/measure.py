@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Final
 
 import torch
 
@@ -11,9 +12,10 @@ from memfit.core.costs import Measured, measured, quicker
 from memfit.core.devices import Roofline
 from memfit.core.graph import Residents
 from memfit.core.timeline import run as simulate_run
+from memfit.errors import MemfitError
 from memfit.runtime.batch import rows_of
 from memfit.runtime.fake import Faker, faked, mode_for
-from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
+from memfit.runtime.job import Job, first_rows, prepare_gradients, record_few, record_part
 from memfit.runtime.probe import MaterialProbe, probe_for
 from memfit.runtime.record import Recording
 from memfit.runtime.sizes import faker_for
@@ -22,6 +24,7 @@ _log = logging.getLogger("memfit")
 
 _FEW_ROWS = 4
 _QUICK_S = 0.6
+SMALL_BYTES: Final = 1 << 30  # may be taken to measure where no limit is known
 _REPEATS = 3
 _SOME = 4096  # bytes of temporaries worth a look
 _MOST_S = 3.0
@@ -31,12 +34,10 @@ def measurable_rows(
     recordings: list[Recording], residents: Residents, rows: int, limit_bytes: int | None
 ) -> int:
     """The most rows of which a plain step can be measured in the memory there is; at least 1."""
-    if limit_bytes is None:
-        return min(_FEW_ROWS, rows)
     smallest = min(recordings, key=lambda r: r.graph.rows).graph
     largest = max(recordings, key=lambda r: r.graph.rows).graph
     low_bytes, high_bytes = (simulate_run(g).peak.total_bytes for g in (smallest, largest))
-    free_bytes = limit_bytes - residents.total_bytes
+    free_bytes = SMALL_BYTES if limit_bytes is None else limit_bytes - residents.total_bytes
     if largest.rows == smallest.rows:  # of one size only the proportion is known; gradients are residents
         return max(1, min(rows, int(largest.rows * free_bytes / max(1, high_bytes))))
     per_row = (high_bytes - low_bytes) / (largest.rows - smallest.rows)
@@ -49,6 +50,9 @@ def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Me
     """Real steps at two numbers of rows, as large as is quick; None where they cannot be run."""
     size = min(_FEW_ROWS, most_rows)
     large = _measured_at(job, place, size)
+    if large is None and most_rows == rows_of(job.batch):  # it may run with the rows it is written for only
+        large = _measured_at(job, place, most_rows)
+        return None if large is None else (large, large)
     while large is not None and sum(large.seconds.values()) < _QUICK_S and 2 * size <= most_rows:
         size = min(4 * size, most_rows)
         large = _measured_at(job, place, size) or large
@@ -104,20 +108,18 @@ def measured_alone(job: Job, place: torch.device, most_rows: int, free_bytes: fl
 
 def _measured_at(job: Job, place: torch.device, few: int) -> Measured | None:
     """The quickest of some real steps, op by op; the first step pays for what is built once."""
-    part = first_rows(job.batch, rows_of(job.batch), few)
-    small = job._replace(batch=part)
     best: Measured | None = None
     try:
         for repeat in range(1 + _REPEATS):
-            prepare_gradients(job.model, resident=False)
-            probe = probe_for(place)()
-            run = record_part(small, part, few, 1, probe, resident=False, hold_saved=True)
+            run = record_few(job, few, probe_for(place), hold_saved=True)
             if repeat:
                 point = measured(run.graph, run.signatures, run.peaks)
                 best = point if best is None else quicker(best, point)
                 if sum(point.seconds.values()) > _QUICK_S:
                     break
-    except (RuntimeError, ValueError) as error:
+    except MemfitError:
+        raise
+    except Exception as error:
         _log.info("no measurement at %d rows: %s", few, error)
     prepare_gradients(job.model, resident=False)
     return best

@@ -23,6 +23,7 @@ On CUDA the allocator's own statistics are read; they cover the whole device and
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.runtime.machine import cpu_memory
 
+# Torch's profiler is one for all threads, and does not survive two of them. Whoever uses it waits for it.
+PROFILER: Final = threading.Lock()
 _RELEASED: Final = "memfit.meter.released:"
 _COLLECTIVE: Final = ("c10d::", "gloo:")
 
@@ -57,7 +60,8 @@ class PeakMeter:
             Needed on a CPU only. They are not kept alive.
 
     Raises:
-        RuntimeError: A torch profiler is already running, or the body ran one: there can be only one.
+        RuntimeError: A torch profiler is already running, or the body ran one: there can be only one. A
+            meter of another thread is waited for.
         ValueError: A device without a meter.
     """
 
@@ -123,9 +127,14 @@ class PeakMeter:
                 "a torch profiler or another PeakMeter is already running, and there can be only one: "
                 "measure memory outside of it"
             )
-        profiler = torch.autograd.profiler.profile(profile_memory=True)
-        with quiet_kineto():
-            profiler.__enter__()
+        PROFILER.acquire()
+        try:
+            profiler = torch.autograd.profiler.profile(profile_memory=True)
+            with quiet_kineto():
+                profiler.__enter__()
+        except BaseException:
+            PROFILER.release()
+            raise
         self._profiler = profiler
         return self
 
@@ -140,8 +149,13 @@ class PeakMeter:
             return
         self._held.clear()
         profiler, self._profiler = self._profiler, None
-        if _profiler_enabled():
-            profiler.__exit__(kind, error, trace)
+        is_whole = _profiler_enabled()
+        try:
+            if is_whole:
+                profiler.__exit__(kind, error, trace)
+        finally:
+            PROFILER.release()
+        if is_whole:
             self._read(profiler.kineto_results.experimental_event_tree())
         elif error is None:
             raise RuntimeError(

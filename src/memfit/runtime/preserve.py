@@ -7,7 +7,11 @@ Note [Snapshot]
     counters. Of larger ones those that the verified steps were seen to write to.
  3. What has no copy is watched by its version: the batch and the parameters too. Was it written to, the
     step cannot be run again, and that is said.
- 4. Not kept: Python attributes that the model's own code changes, and generators other than the default ones.
+ 4. A verified step is run again from its start wherever its promise was broken, so it also keeps what the
+    model's own code changes: submodules, numbers, words and detached tensors that are attributes. A counter
+    of calls, or BigBird, which exchanges its attention in its first forward, would go another way else.
+ 5. Not kept: such attributes in other steps, tables of tensors (they may hold a whole former step), and
+    generators other than the default ones.
 """
 
 from __future__ import annotations
@@ -84,20 +88,21 @@ class Buffers:
         """Puts it back, in the same tensors."""
         with torch.no_grad():
             for buffer, content in self._contents:
-                buffer.copy_(content)
+                _fill(buffer, content)
 
 
 class _Kept(NamedTuple):
-    """A tensor as it was: its version, and a copy, perhaps flat, if there is one."""
+    """A tensor as it was: its shape, its version, and a copy, perhaps flat, if there is one."""
 
     tensor: Tensor
+    shape: torch.Size
     version: int
     copy: Tensor | None = None
 
     @staticmethod
     def of(tensor: Tensor, *, copied: bool = False) -> _Kept:
         """The present content."""
-        return _Kept(tensor, _version(tensor), tensor.detach().clone() if copied else None)
+        return _Kept(tensor, tensor.shape, _version(tensor), tensor.detach().clone() if copied else None)
 
     @property
     def is_changed(self) -> bool:
@@ -107,10 +112,10 @@ class _Kept(NamedTuple):
 
     @property
     def content(self) -> Tensor | None:
-        """The copy in the shape of the tensor."""
-        if self.copy is None or self.copy.shape == self.tensor.shape:
+        """The copy in the shape that the tensor had."""
+        if self.copy is None or self.copy.shape == self.shape:
             return self.copy
-        return self.copy.view_as(self.tensor)
+        return self.copy.view(self.shape)
 
     @property
     def is_lost(self) -> bool:
@@ -121,7 +126,7 @@ class _Kept(NamedTuple):
         """Puts the content back."""
         content = self.content
         if content is not None:
-            self.tensor.copy_(content)
+            _fill(self.tensor, content)
 
 
 class _Buffer(NamedTuple):
@@ -131,6 +136,31 @@ class _Buffer(NamedTuple):
     owner: dict[str, Tensor | None]
     key: str
     kept: _Kept
+
+
+class _Attributes:
+    """What the attributes of a module are, as far as Note [Snapshot] 4 goes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._names = set(module.__dict__)
+        self._values = {name: value for name, value in module.__dict__.items() if _is_plain_state(value)}
+        self._submodules = dict(module._modules)
+
+    def restore(self) -> None:
+        """Puts them back; what is new goes."""
+        for name in set(self._module.__dict__) - self._names:
+            del self._module.__dict__[name]
+        self._module.__dict__.update(self._values)
+        self._module._modules.clear()
+        self._module._modules.update(self._submodules)
+
+
+def _is_plain_state(value: object) -> bool:
+    """Whether an attribute can be kept by a reference."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 class Snapshot:
@@ -156,6 +186,7 @@ class Snapshot:
         self._parameters = [_Kept.of(parameter) for parameter in model.parameters()]
         self._buffers = _buffers(model, None if room_bytes is None else written)
         self._gradients = self._present_gradients(room_bytes)
+        self._attributes = [_Attributes(module) for module in model.modules()] if room_bytes is None else []
         self._written = written
 
     @property
@@ -183,6 +214,8 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back, in the same tensors."""
         self._streams.restore()
+        for attributes in self._attributes:
+            attributes.restore()
         with torch.no_grad():
             for buffer in self._buffers:
                 buffer.owner[buffer.key] = buffer.kept.tensor
@@ -231,7 +264,7 @@ def _buffers(model: nn.Module, written: Collection[str] | None) -> list[_Buffer]
         if id(buffer) not in copies and (written is None or name in written):
             copies[id(buffer)] = buffer.detach().clone()
     return [
-        _Buffer(name, owner, key, _Kept(buffer, _version(buffer), copies.get(id(buffer))))
+        _Buffer(name, owner, key, _Kept(buffer, buffer.shape, _version(buffer), copies.get(id(buffer))))
         for name, owner, key, buffer in places
     ]
 
@@ -262,6 +295,13 @@ def _is_small(tensor: Tensor) -> bool:
 def _sizes(things: Iterable[_Kept]) -> tuple[int, ...]:
     """Bytes of the copies among some things."""
     return resident_sizes(kept.copy for kept in things if kept.copy is not None)
+
+
+def _fill(tensor: Tensor, content: Tensor) -> None:
+    """Puts a content back; observers of quantisation resize their buffers when they first see data."""
+    if tensor.shape != content.shape:
+        tensor.resize_(content.shape)
+    tensor.copy_(content)
 
 
 def _version(tensor: Tensor) -> int:

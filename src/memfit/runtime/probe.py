@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from memfit.core.devices import Roofline
-from memfit.runtime.meter import PeakMeter, quiet_kineto
+from memfit.runtime.meter import PROFILER, PeakMeter, quiet_kineto
 from memfit.runtime.opinfo import map_tensors, tensors_in
 
 
@@ -173,15 +173,23 @@ class CpuProbe:
         self._start_s = 0.0
 
     def __enter__(self) -> CpuProbe:
-        with quiet_kineto():
-            self._profiler.__enter__()
+        PROFILER.acquire()
+        try:
+            with quiet_kineto():
+                self._profiler.__enter__()
+        except BaseException:
+            PROFILER.release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         profiler, self._profiler = self._profiler, None  # its trace is large, and read once
-        profiler.__exit__(kind, error, trace)
+        try:
+            profiler.__exit__(kind, error, trace)
+        finally:
+            PROFILER.release()
         if error is None:
             self._sums = self._read_sums(profiler.kineto_results.experimental_event_tree())
 

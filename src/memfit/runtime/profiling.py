@@ -25,7 +25,14 @@ from torch import nn
 
 from memfit.core.allocator import MIN_BLOCK_BYTES
 from memfit.core.batching import candidate_part_counts, parts_for
-from memfit.core.costs import Measured, fixed_share, with_costs, with_made_bytes, with_overhead
+from memfit.core.costs import (
+    Measured,
+    fixed_share,
+    with_costs,
+    with_made_bytes,
+    with_overhead,
+    with_seconds_of,
+)
 from memfit.core.costs import measured as measured_costs
 from memfit.core.devices import Device, device_named
 from memfit.core.graph import EMPTY_GRAPH, Profile, Residents, StepGraph, in_blocks
@@ -46,7 +53,7 @@ from memfit.runtime.engines import engine_of, job_of
 from memfit.runtime.fake import is_fake, untouched
 from memfit.runtime.hooks import silenced
 from memfit.runtime.job import Job, Optimizers, check_model, optimizer_state
-from memfit.runtime.measure import measurable_rows, measure, measured_alone, temporaries_at
+from memfit.runtime.measure import SMALL_BYTES, measurable_rows, measure, measured_alone, temporaries_at
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.micro import Loss, LossFn, OutputsFn, OutputsLoss, whole_loss
 from memfit.runtime.normalisation import check_batch_norm
@@ -65,7 +72,6 @@ _log = logging.getLogger("memfit")
 
 REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
 _FEW_NUMBERS_BYTES = 64  # the running loss while the next micro-batch runs, numbers an optimizer counts by
-_SMALL_BYTES = 1 << 30  # may be taken to measure a loss where no limit is known
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 
 
@@ -89,7 +95,7 @@ def profile(
         batch: The effective batch; its tensors share the first dimension, the rows.
         optimizer: Counts its state and its step into the peak; a list of several, all of theirs.
         micro_batch_size: Only this size.
-        limit_bytes: Memory that measuring may use; None: a few rows whatever they take.
+        limit_bytes: Memory that measuring may use; None: 1 GiB beyond parameters and what belongs to them.
         device: What a model without data is planned for, such as ``"h100"``: its speeds, and blocks as its
             allocator rounds them. Default: the speeds of a large accelerator.
         outputs_fn: ``outputs_fn(model, batch)``; then it is ``loss_fn(outputs, batch)``, and several
@@ -191,7 +197,7 @@ def _recorded(
         elif not any(is_fake(p) for p in model.parameters()):
             with contents_of(model):
                 points = measure(job, place, measurable_rows(recordings, residents, rows, limit_bytes))
-                if points is not None and by_fakes and not fakes_agree(job, rows, points[1]):
+                if points is not None and by_fakes and not fakes_agree(job, points[1]):
                     _log.info("fake tensors take another way through the model; recording really")
                     recordings, residents, update, loss, by_fakes = record_really(job, rows, counts)
             free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
@@ -205,10 +211,12 @@ def _recorded(
                 update = with_real_costs(update, job.optimizer, free_bytes)
             if loss is not None and by_fakes:
                 there_bytes = residents.total_bytes - residents.gradients_bytes  # which come after it
-                room_bytes = _SMALL_BYTES if limit_bytes is None else limit_bytes - there_bytes
+                room_bytes = SMALL_BYTES if limit_bytes is None else limit_bytes - there_bytes
                 loss = _measured_loss(job, loss, recordings, room_bytes)
-    graphs = _priced(recordings, points, more, by_fakes)
-    return _Recorded(graphs, residents, update, points, _own_costs(loss))
+    graphs, loss_of_all = _priced(recordings, points, more, by_fakes), _own_costs(loss)
+    if points is not None:
+        graphs = [with_seconds_of(loss_of_all, graph, but=points[1]) for graph in graphs]
+    return _Recorded(graphs, residents, update, points, loss_of_all)
 
 
 def _measured_loss(job: Job, loss: Recording, recordings: list[Recording], room_bytes: int) -> Recording:
@@ -216,6 +224,7 @@ def _measured_loss(job: Job, loss: Recording, recordings: list[Recording], room_
     if any(is_fake(p) for p in job.model.parameters()) or run(loss.graph).peak.total_bytes > room_bytes:
         return loss
     with contents_of(job.model):
+        record_loss_of_all(job, recordings)  # the first run pays for what is built once
         return record_loss_of_all(job, recordings) or loss
 
 

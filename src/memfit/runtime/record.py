@@ -74,6 +74,9 @@ from memfit.runtime.preserve import gradients_of_others
 from memfit.runtime.probe import OpCost, Probe
 
 _ADD = torch.ops.aten.add.Tensor
+_RENORM = (
+    torch.ops.aten.embedding_renorm_.default
+)  # rows longer than max_norm: doing it again changes nothing
 CPU_SEED_BYTES = 5056  # torch.get_rng_state(): the Mersenne twister
 
 
@@ -144,7 +147,9 @@ class Recorder(TorchDispatchMode):
         self.op_stretches: list[Stretch] = []
         self.save_stretches: list[Stretch] = []
         self.backward_counts: dict[tuple[str, str], int] = {}
-        self.changed: list[nn.Parameter] = []
+        self.changed: list[Tensor] = []
+        self._parameters: dict[int, Tensor] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []
         self.appeared: dict[int, int] = {}
         self.place = ""
         self.numbers: dict[int, int] = {}
@@ -180,10 +185,33 @@ class Recorder(TorchDispatchMode):
         if func is _ADD and isinstance(args[0], Tensor) and not args[0]._is_view():
             self.owning_sums.add(len(self.ops))
         if self.is_forward and written:
-            self.changed.extend(t for t in written if isinstance(t, nn.Parameter))
+            self._note_writes(func, written)
         out = self._probe.call(func, args, kwargs)
         self._note(func, info, key, inputs, written, out, args, kwargs)
         return out
+
+    def watch(self, model: nn.Module) -> None:
+        """Parameters to put back if the forward writes to them, through ``p.data`` too."""
+        self._parameters = {_address(p) or id(p): p for p in model.parameters()}
+
+    def _note_writes(self, func: OpOverload, written: list[Tensor]) -> None:
+        """Notes which parameters the forward writes to, and keeps what they held."""
+        for tensor in written:
+            parameter = self._parameters.get(_address(tensor) or id(tensor))
+            if parameter is None:
+                continue
+            if func is not _RENORM:
+                self.changed.append(parameter)
+            if not any(parameter is known for known, _ in self._before):
+                with _passing_through(self), torch.no_grad():
+                    self._before.append((parameter, parameter.detach().clone()))
+
+    def put_back(self) -> None:
+        """Undoes what the forward wrote to parameters."""
+        with torch.no_grad():
+            for parameter, before in self._before:
+                parameter.copy_(before)
+        self._before.clear()
 
     def _key(self, func: OpOverload) -> OpKey:
         """The call site of the op about to run; backward ops belong to the frame of what they unpacked."""
@@ -523,19 +551,23 @@ def record(
     with CallSites[None](model) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
         recorder.adopt_external(externals)
-        with probe:
-            with (
-                entered(sites.regions, recorder.around),
-                saves_through(sites.regions, recorder.pack, recorder.unpack),
-                recorder,
-            ):
-                loss = forward()
-            _refuse_writes(model, recorder.changed)
-            forward_ops = len(recorder.ops)
-            recorder.is_forward = False
-            with gradients_of_others(loss.roots, model), recorder:
-                loss.backward()
-            del loss
+        recorder.watch(model)
+        try:
+            with probe:
+                with (
+                    entered(sites.regions, recorder.around),
+                    saves_through(sites.regions, recorder.pack, recorder.unpack),
+                    recorder,
+                ):
+                    loss = forward()
+                _refuse_writes(model, recorder.changed)
+                forward_ops = len(recorder.ops)
+                recorder.is_forward = False
+                with gradients_of_others(loss.roots, model), recorder:
+                    loss.backward()
+                del loss
+        finally:
+            recorder.put_back()
     recorder.forget()
     return _finish(recorder, probe, rows, forward_ops, gradients_resident)
 
@@ -568,7 +600,7 @@ def record_update(
     return _finish(recorder, probe, 1, 0, True, keeps_appeared=True)
 
 
-def _refuse_writes(model: nn.Module, changed: list[nn.Parameter]) -> None:
+def _refuse_writes(model: nn.Module, changed: list[Tensor]) -> None:
     """Refuses a forward that changes a parameter: it would do so once a micro-batch, and while measuring."""
     for name, parameter in model.named_parameters():
         if any(parameter is other for other in changed):

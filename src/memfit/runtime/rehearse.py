@@ -6,6 +6,7 @@ gradients, and runs the same forward without keeping anything for a backward, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,7 +117,12 @@ def _refuse_output(path: str, shape: tuple[int, ...], rows: int) -> None:
 
 
 def _made_up(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape that any loss can take: numbers between 0 and 1, or zeros."""
+    """A tensor of another shape that any loss can take: numbers from 0 to at most 1, or zeros.
+
+    Rows are no longer than embeddings are: what a softmax of large products leaves are denormal numbers,
+    with which CPUs are ten times as slow.
+    """
     if is_differentiable(like):
-        return torch.rand(shape, dtype=like.dtype, device=like.device)
+        longest = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+        return torch.rand(shape, dtype=like.dtype, device=like.device).mul_(longest)
     return torch.zeros(shape, dtype=like.dtype, device=like.device)

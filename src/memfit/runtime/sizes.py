@@ -19,7 +19,7 @@ from memfit.runtime.batch import rows_of, tensors_of
 from memfit.runtime.card import CardKernels
 from memfit.runtime.compiled import compiled_regions
 from memfit.runtime.fake import Faker, faked, is_fake, mode_for
-from memfit.runtime.job import Job, first_rows, prepare_gradients, record_part
+from memfit.runtime.job import Job, first_rows, prepare_gradients, record_few, record_part
 from memfit.runtime.meter import resident_sizes
 from memfit.runtime.normalisation import normalised, pooled_tensors
 from memfit.runtime.opaque import run_plainly
@@ -235,14 +235,28 @@ def _resident_and_update(job: Job, batch: Any, faker: Faker, card: Device | None
 def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recording]:
     """Records really at two numbers of rows and carries the bytes over to every size.
 
-    One row is a size of its own, so it is recorded too where it is wanted: other ops may run there, and then
-    nothing says which bytes grow with the rows.
+    A model that runs with the rows it is written for only (a queue of them, edges of one graph) is recorded
+    whole. One row is a size of its own, so it is recorded too where it is wanted: other ops may run there,
+    and then nothing says which bytes grow with the rows.
     """
-    place = next(job.model.parameters()).device
     few = min(_FEW_ROWS, rows)
+    try:
+        return _record_scaled(job, rows, counts, (max(1, few // 2), few))
+    except _USERS_FAULTS:
+        raise
+    except Exception as error:
+        if 1 not in counts or few == rows:
+            raise
+        _log.info("no micro-batch of few rows (%s: %s)", type(error).__name__, error)
+        return _record_scaled(job, rows, (1,), (rows, rows))
+
+
+def _record_scaled(job: Job, rows: int, counts: tuple[int, ...], sizes: tuple[int, int]) -> list[Recording]:
+    """The same from a smaller and a larger size."""
+    place = next(job.model.parameters()).device
     recorded: dict[tuple[int, bool], Recording] = {}
-    sizes = [balanced_parts(rows, count)[0] for count in counts]
-    for size in {max(1, few // 2), few} | ({1} & {*sizes}):
+    wanted = [balanced_parts(rows, count)[0] for count in counts]
+    for size in sorted({*sizes} | ({1} & {*wanted})):
         part = first_rows(job.batch, rows, size)
         for resident in {count > 1 for count in counts}:
             prepare_gradients(job.model, resident=resident)
@@ -250,8 +264,8 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
             recorded[size, resident] = record_part(job, part, size, 1, probe, resident=resident)
     prepare_gradients(job.model, resident=False)
     found = []
-    for count, rows_of_part in zip(counts, sizes, strict=True):
-        small, large = (recorded[size, count > 1] for size in (max(1, few // 2), few))
+    for count, rows_of_part in zip(counts, wanted, strict=True):
+        small, large = (recorded[size, count > 1] for size in sizes)
         own = recorded.get((rows_of_part, count > 1))
         found.append(own or large._replace(graph=scaled(small.graph, large.graph, rows_of_part)))
         if found[-1].graph.coupled and count == 1:
@@ -259,19 +273,16 @@ def record_scaled(job: Job, rows: int, counts: tuple[int, ...]) -> list[Recordin
     return found
 
 
-def fakes_agree(job: Job, rows: int, point: Measured) -> bool:
+def fakes_agree(job: Job, point: Measured) -> bool:
     """Whether fakes do what a measured run really did: the same ops, making as many bytes.
 
     They do not where a model reads its data, or where an op's fake has no workspace (MKL-DNN's LSTM).
     """
-    part = first_rows(job.batch, rows, point.rows)
     faker = Faker(mode_for(job.model))
     with faked(job.model, faker), _entered(faker):
-        prepare_gradients(job.model, resident=False)
-        batch = faker.batch(part)
-        small = job._replace(batch=batch)
+        fake = job._replace(batch=faker.batch(job.batch))
         try:
-            graph = record_part(small, batch, point.rows, 1, RooflineProbe(Roofline()), resident=False).graph
+            graph = record_few(fake, point.rows, lambda: RooflineProbe(Roofline())).graph
         except Exception as error:  # a micro-batch of several may do what the whole batch does not
             _log.info("fake tensors do not do the whole batch (%s: %s)", type(error).__name__, error)
             return False

@@ -11,6 +11,7 @@ A run folder holds one sub-folder for each of the last checkpoints and the name 
 Rule 1  A checkpoint is written into ``step-N.tmp``, flushed to the disk, and then renamed: a folder with its
         final name is whole.
 Rule 2  ``latest`` is replaced by one ``os.replace`` after that: it always names a whole checkpoint.
+        It is renamed back before it is removed.
 Rule 3  The previous checkpoint is removed only once it is two behind. A failed save removes nothing but its
         own half-written folder.
 
@@ -37,10 +38,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from memfit.core.stored import decode, is_intact, read, sealed, short, told
+
 FORMAT = "memfit-checkpoint"
 VERSION = 1
 KEEP = 2  # checkpoints that stay
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _CHUNK_BYTES = 1 << 20
 # A full disk, a full quota, a file size limit.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -60,6 +63,8 @@ _TYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 Tensors = dict[str, torch.Tensor]
+# What a state of other content than was saved may raise, in memfit, in torch or in an optimizer.
+_NOT_FITTING = (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
 class BadCheckpoint(ValueError):
@@ -90,6 +95,14 @@ class RandomState:
         numpy = sys.modules.get("numpy")
         legacy = None if numpy is None else numpy.random.get_state(legacy=True)
         return RandomState(tensors, random.getstate(), None if legacy is None else _plain_numpy(legacy))
+
+    def check(self) -> None:
+        """Raises what :meth:`restore` would, and leaves every generator as it is."""
+        now = RandomState.capture()
+        try:
+            self.restore()
+        finally:
+            now.restore()
 
     def restore(self) -> None:
         """Puts every generator back into this state."""
@@ -136,11 +149,11 @@ def save_checkpoint(
     partial = folder / f"{final.name}.tmp"
     if latest_checkpoint(folder) == final:
         return final
+    _remove(final)  # a later one of a future that was given up
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_checkpoint(partial, position, model, optimizer)
-        shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         _sync_folder(folder)
         replace_text(folder / "latest", final.name)
@@ -190,25 +203,37 @@ def load_checkpoint(
         _fill_model(checkpoint, model, _unpack(content["model"], model_tensors))
         optimizer.load_state_dict(_unpack(content["optimizer"], optimizer_tensors))
         drawn = _unpack(content["random"], random_tensors)
-        position = Position(**content["position"])
+        position = read(Position, content["position"], "a position")
+        if position.step != _step_of(checkpoint):
+            raise ValueError(f"it is of step {position.step}")
+        state = RandomState(drawn["torch"], drawn["python"], drawn["numpy"])
+        state.check()
     except BadCheckpoint:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except _NOT_FITTING as error:
         raise BadCheckpoint(
-            f"{checkpoint} does not fit this model and optimizer: {error}. Resume with the TARGET and the "
-            f"options the run was started with, or start anew in another --out."
+            f"{checkpoint} does not fit this model and optimizer: {short(error)}. Resume with the TARGET and "
+            f"the options the run was started with, or start anew in another --out."
         ) from error
-    return position, RandomState(drawn["torch"], drawn["python"], drawn["numpy"])
+    return position, state
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``: a reader, and a kill, finds the old text or the new, never a part."""
+    """Writes ``text`` to ``path``: a reader, and a kill, finds the old text or the new, never a part.
+
+    Raises:
+        OSError: It cannot be written; it names the file.
+    """
     partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _sync_folder(path.parent)
 
 
@@ -233,7 +258,7 @@ def _write_checkpoint(
         content[name] = _pack(part, name, tensors, {})
         checksums[name] = _write_tensors(partial / f"{name}.safetensors", tensors)
     content["checksums"] = checksums
-    replace_text(partial / "state.json", json.dumps(content))
+    replace_text(partial / "state.json", sealed(content))
 
 
 def _hidden_buffers(model: nn.Module) -> Tensors:
@@ -345,16 +370,18 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns the content of ``state.json``, after checking that it is one of ours."""
     path = checkpoint / "state.json"
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = decode(path.read_text("utf-8"), "the state of a run")
+        if content.get("format") == FORMAT and content.get("version") == VERSION:
+            is_intact(content, "the state of a run")
     except FileNotFoundError:
         raise BadCheckpoint(f"{path} is missing. {_others(checkpoint.parent)}") from None
     except (OSError, ValueError) as error:
         raise BadCheckpoint(f"{path} is damaged ({error}). {_others(checkpoint.parent)}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise BadCheckpoint(f"{path} was not written by memfit. Give the --out of a memfit run.")
     if content.get("version") != VERSION:
         raise BadCheckpoint(
-            f"{path} has version {content.get('version')} and this memfit reads version {VERSION}. "
+            f"{path} has version {told(content.get('version'))} and this memfit reads version {VERSION}. "
             f"Resume with the memfit that wrote it."
         )
     wanted = {"position", "model", "optimizer", "random", "checksums"}
@@ -371,7 +398,7 @@ def _read_tensors(checkpoint: Path, name: str, content: dict[str, Any]) -> Tenso
         checksum = 0
         for chunk in _chunks(path):
             checksum = zlib.crc32(chunk, checksum)
-        if checksum != content["checksums"].get(name):
+        if not isinstance(content["checksums"], dict) or checksum != content["checksums"].get(name):
             raise BadCheckpoint(f"{path} is damaged (its checksum differs). {_others(checkpoint.parent)}")
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -418,7 +445,22 @@ def _remove_others(folder: Path, step: int) -> None:
     whole = _checkpoints(folder)
     kept = [path for path in whole if _step_of(path) <= step][-KEEP:]
     for path in [*(path for path in whole if path not in kept), *folder.glob("step-*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; what a kill leaves of it must not have the name of a whole one."""
+    if not checkpoint.exists():
+        return
+    if checkpoint.suffix != ".tmp":
+        doomed = checkpoint.with_name(f"{checkpoint.name}.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            checkpoint.rename(doomed)
+        except OSError:
+            return
+        checkpoint = doomed
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _explained(error: OSError, final: Path) -> OSError:

@@ -21,7 +21,8 @@ Note [Rescue]
     the tensors of the step. Cycles are collected too: that takes little beside planning again.
  4. The lower plan is not metered in that step, for the meter itself takes memory on a CPU. It stays for
     later steps.
- 5. Where none is lower, the same plan runs once more, since memory has been given back.
+ 5. Where none is lower, or planning runs out of memory, too, the same plan runs once more, since memory has
+    been given back.
  6. Where no plan is left, or something cannot be put back, the error itself is raised, with a note.
 
 Note [Ranks]
@@ -40,7 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +196,8 @@ class Step:
         the parameter's type once. To get the float32 sums themselves, for an optimizer that takes them, set
         ``parameter.grad_dtype = torch.float32`` before ``fit``.
 
+        An error, also of the loss or a hook, leaves gradients, buffers and random numbers as they were.
+
         Raises:
             InexactAccumulation: The batch cannot be split.
             UnsupportedModel: A hook would see each micro-batch.
@@ -215,8 +218,11 @@ class Step:
                 assert before is not None
                 return self._run_verified(batch, before)
             return self._run_timed(batch) if way.is_timed else self._run(batch)
-        except Exception as error:
-            if self._engine.is_broken or not self._engine.may_wait or not is_out_of_memory(error):
+        except BaseException as error:
+            if not self._can_rescue(error):
+                if before is not None and self._is_alone_in_error:
+                    before.restore()  # whatever went wrong, such as in the user's own loss or hooks
+                    self._unverified += way.is_metered
                 raise
             out_of_memory = error
         finally:
@@ -225,6 +231,15 @@ class Step:
             return self._rescue(batch, before, out_of_memory)
         finally:
             del out_of_memory
+
+    @property
+    def _is_alone_in_error(self) -> bool:
+        """Whether no other rank waits in the middle of the step for what this one cannot give."""
+        return self._engine.may_wait and not self._engine.is_broken
+
+    def _can_rescue(self, error: BaseException) -> TypeGuard[Exception]:
+        """Whether an error says that memory has run out, and the step can be run again."""
+        return self._is_alone_in_error and isinstance(error, Exception) and is_out_of_memory(error)
 
     def _way(self, batch: Any) -> Way:
         """How a batch is to be run, as far as this rank knows."""
@@ -322,33 +337,35 @@ class Step:
             _log.info("%s; planning again", self.verdict)
             unexplained_bytes = self.profile.unexplained_bytes + excess_bytes
             self.profile = replace(self.profile, unexplained_bytes=unexplained_bytes)
-            mended = self._plan_again()
+            needed_bytes = self._plan_again()
             if self.verdict.is_within_budget:
                 return loss
             del loss
             before.restore()
-            if not mended:
+            if needed_bytes is not None:
                 break
             self._engine.begin()
         assert self.verdict is not None
+        enough = f"{needed_bytes:,} B should be enough" if needed_bytes else "give more memory"
         raise VerificationFailed(
-            f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. Give "
-            "more memory, or report the model",
+            f"{self.verdict}, after planning {attempt} times. The gradients are as before the step. By what "
+            f"was measured, {enough}; with profile=step.profile it need not be measured again",
+            needed_bytes=needed_bytes,
             predicted_bytes=self.verdict.predicted_peak_bytes,
             measured_bytes=self.verdict.measured_peak_bytes,
             budget_bytes=self.verdict.budget_bytes,
         )
 
-    def _plan_again(self) -> bool:
-        """Plans from the corrected profile; False where nothing fits any more."""
+    def _plan_again(self) -> int | None:
+        """Plans from the corrected profile; where nothing fits any more, the bytes that would do."""
         try:
             self.plan = self._same_plan(lambda: self._find(self.profile))
         except InfeasibleBudget as error:
             _log.info("planning again: %s", error)
-            return False
+            return error.needed_bytes
         self.profile = replace(self.profile, audit=self.audit)
         self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
-        return True
+        return None
 
     def _same_plan(self, find: Callable[[], Plan]) -> Plan:
         """The plan that is found on rank 0: a solver that is out of time may find others elsewhere."""
@@ -431,7 +448,7 @@ class Step:
 
     def _lower_plans(self, failed: Plan) -> Iterator[Plan]:
         """The lower plans, the highest first; the same on all ranks."""
-        lower = fallbacks(self.profile, failed)
+        lower = self._plans_below(failed)
         plans = chain([next(lower, failed)], lower) if self._ranks.rank == 0 else iter(())
         if self._ranks.size == 1:
             yield from plans
@@ -443,6 +460,17 @@ class Step:
 
         while text := self._ranks.made_by(0, following):
             yield Plan.from_json(text)
+
+    def _plans_below(self, failed: Plan) -> Iterator[Plan]:
+        """The lower plans as this rank finds them. See Note [Rescue] 5."""
+        try:
+            yield from fallbacks(self.profile, failed)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.info("out of memory while planning again")
+            let_go_of_frames(error)
+            yield failed
 
     def _tried(self, batch: Any, plan: Plan) -> Tensor | None:
         """The batch under a plan; None if memory has run out again."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LINE_EVERY_S = 5.0  # without a terminal: one line of progress at most this often
 _BAR_CELLS = 24
-_DONE, _PREDICTED, _MEASURED = EITHER[1], EITHER[5], EITHER[4]
+_DONE, _PREDICTED, _MEASURED = EITHER[1], EITHER[2], EITHER[0]
 
 
 class TerminalWatcher:
