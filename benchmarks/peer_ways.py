@@ -79,8 +79,14 @@ class Range(nn.Module):
 
     def _run(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         for part in self.parts:
-            hidden = part(hidden, *args, **kwargs)
-        return hidden
+            out = part(hidden, *args, **kwargs)
+            hidden = _main(out)
+        return out
+
+
+def _main(out: Any) -> Any:
+    """What the next block takes of an output; some come with attention weights."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def _measured(block: nn.Module, args: Any, kwargs: Any, group: int) -> Block:
     with torch.no_grad(), PeakMeter(place) as bare:
         block(*args, **kwargs)
     with PeakMeter(place) as forward:
-        out = block(*args, **kwargs)
+        out = _main(block(*args, **kwargs))
     gradient = torch.ones_like(out)
     with PeakMeter(place) as backward:
         out.backward(gradient)
@@ -167,9 +173,10 @@ def _rest(last: nn.Module, run: Callable[[], Tensor], group: int) -> Block:
     """What follows the blocks: from the output of the last one to its gradient."""
     meter = PeakMeter(next(last.parameters()).device)
 
-    def begin(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def begin(module: nn.Module, args: Any, out: Any) -> Any:
         meter.__enter__()
-        return out.detach().requires_grad_()
+        leaf = _main(out).detach().requires_grad_()
+        return (leaf, *out[1:]) if isinstance(out, tuple) else leaf
 
     with last.register_forward_hook(begin):
         run().backward()

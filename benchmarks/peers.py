@@ -51,8 +51,8 @@ from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.count import counter_named
 from memfit.runtime.meter import PeakMeter, resident_bytes
 
-ROUNDS, PRICED_STEPS, ROTOR_LEVELS, BELOW = 3, 3, 8, 3
-_SAME_BUDGET = 0.02  # of the activations: budgets nearer to each other are one
+ROUNDS, PRICED_STEPS, ROTOR_LEVELS, BELOW = 3, 3, 7, 3
+_SAME_BUDGET = 0.03  # of the activations: budgets nearer to each other are one
 Way = Callable[[], AbstractContextManager[Any]]
 Kind = tuple[str, str]
 Row = dict[str, Any]
