@@ -233,8 +233,8 @@ def _peers() -> list[Row]:
     return [
         (
             f"{len(ratios)} models, {len(every)} budgets: memfit's extra CPU time over that of the best of "
-            "every-k-th-block, selective, Hugging Face's and optimal block checkpointing in the same measured "
-            "memory: median of the models' medians, highest median, highest of all",
+            "every-k-th-block, selective, Hugging Face's and optimal block checkpointing in the same "
+            "measured memory: median of the models' medians, highest median, highest of all",
             f"{statistics.median(medians):.2f}, {max(medians):.2f}, {max(every):.2f}",
             run,
         ),
