@@ -235,6 +235,14 @@ def _peers_budgets(where: str) -> str:
     return _table(head, peer_tables.every_budget(), "peers", where)
 
 
+def _peers_registry(where: str) -> str:
+    rows = [
+        (row["name"], row["version"], "works" if row["works"] else f"`{row['said'][:160]}`")
+        for row in newest("peers_registry")[0]
+    ]
+    return _table("package | version | a chain of six blocks on this machine", rows, "peers_registry", where)
+
+
 _TABLES: dict[str, Callable[[str], str]] = {
     "traps": _traps,
     "coupled": _coupled,
@@ -249,6 +257,7 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "faults": _faults,
     "peers": _peers,
     "peers_reach": _peers_reach,
+    "peers_registry": _peers_registry,
     "peers_budgets": _peers_budgets,
     "zoo": _zoo,
     "zoo_unplanned": _zoo_unplanned,
