@@ -418,6 +418,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def _of_commit(path: Path) -> list[Row]:
+    """The rows of another result; that of each model says of which commit they are."""
+    found = json.loads(path.read_text())
+    told = {"commit": found["provenance"]["commit"]}
+    return [told | row if row["peer"] == "model" else row for row in found["rows"]]
+
+
 def main() -> None:
     """Measures model by model, and writes after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -425,10 +432,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--also", nargs="+", type=Path, default=[], help="results of other models to join")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     keep_freed_memory()
-    rows: list[Row] = []
+    rows = [row for path in options.also for row in _of_commit(path) if row["model"] not in options.models]
     for name in options.models:
         said = partial(print, flush=True)
         rows += compare(JOBS[name], options.device, options.rounds, said)
