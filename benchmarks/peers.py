@@ -428,7 +428,7 @@ def _of_commit(path: Path) -> list[Row]:
 def main() -> None:
     """Measures model by model, and writes after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--models", nargs="*", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path)
@@ -442,8 +442,14 @@ def main() -> None:
         rows += compare(JOBS[name], options.device, options.rounds, said)
         rows += (most := largest(JOBS[name], options.device))
         said(f"{name} largest batch: " + ", ".join(f"{row['name']} {row['rows']} rows" for row in most))
-        if options.out:
-            options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+        _write(rows, options.out)
+    _write(rows, options.out)
+
+
+def _write(rows: list[Row], out: Path | None) -> None:
+    """Writes what there is by now."""
+    if out:
+        out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
