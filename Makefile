@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench docs families faults heads lightning ranks restarts rescue matrix trainer tutorial zoo clean
+.PHONY: help .venv demo test check check-cuda bench bench-gpu rivals measures docs families faults heads lightning ranks restarts rescue matrix trainer tutorial zoo clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,10 +41,21 @@ check-cuda: $(STAMP)  ## On a machine with a CUDA device: its tests, then promis
 	$(PY) -m pytest -m cuda
 	$(PY) benchmarks/check_cuda.py --out benchmarks/results/$(TODAY)_cuda_gpt2_medium.json
 
-bench: $(STAMP) families  ## Measure what the README reports
-	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
+bench: $(STAMP)  ## memfit against every peer, and what its Python costs: about half an hour
+	OMP_NUM_THREADS=1 $(PY) benchmarks/peers.py --out benchmarks/results/$(TODAY)_cpu_peers.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py --out benchmarks/results/$(TODAY)_cpu_overhead.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/step_overhead.py --out benchmarks/results/$(TODAY)_cpu_step_overhead.json
+	$(PY) benchmarks/render.py
+
+bench-gpu: $(STAMP)  ## The same peers on a CUDA device
+	$(PY) benchmarks/peers.py --device cuda --out benchmarks/results/$(TODAY)_cuda_peers.json
+
+rivals: $(STAMP)  ## The compiler's memory budget, and rival packages as the registry has them; needs the registry
+	OMP_NUM_THREADS=1 $(PY) benchmarks/peers_compiler.py --out benchmarks/results/$(TODAY)_cpu_peers_compiler.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/peers_registry.py --out benchmarks/results/$(TODAY)_cpu_peers_registry.json
+
+measures: $(STAMP) families  ## Measure the other figures of README and docs: hours
+	OMP_NUM_THREADS=1 $(PY) benchmarks/recompute.py --out benchmarks/results/$(TODAY)_cpu_recompute.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/large.py --out benchmarks/results/$(TODAY)_cpu_large.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/accumulation.py --out benchmarks/results/$(TODAY)_cpu_accumulation.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/audit_cost.py --out benchmarks/results/$(TODAY)_cpu_audit_cost.json

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import peer_tables
 import zoo_tables
 from figures import newest
 
@@ -212,6 +213,36 @@ def _zoo_names(where: str) -> str:
     return zoo_tables.names()
 
 
+def _peers(where: str) -> str:
+    head = (
+        "model | budgets in which a peer fits | memfit's extra CPU time over the best peer's: median | "
+        "highest | by counted operators: median | highest | above the budget | other gradients | predicted "
+        "over measured peak"
+    )
+    return _table(head, peer_tables.against(), "peers", where)
+
+
+def _peers_reach(where: str) -> str:
+    head = (
+        "model | plain peak | least peak of a peer | least of memfit | a memory | largest batch of a peer "
+        "in it | of memfit"
+    )
+    return _table(head, peer_tables.reach(), "peers", where)
+
+
+def _peers_budgets(where: str) -> str:
+    head = "model | memory | best peer that fits | its extra CPU time | memfit's"
+    return _table(head, peer_tables.every_budget(), "peers", where)
+
+
+def _peers_registry(where: str) -> str:
+    rows = [
+        (row["name"], row["version"], "works" if row["works"] else f"`{row['said'][:160]}`")
+        for row in newest("peers_registry")[0]
+    ]
+    return _table("package | version | a chain of six blocks on this machine", rows, "peers_registry", where)
+
+
 _TABLES: dict[str, Callable[[str], str]] = {
     "traps": _traps,
     "coupled": _coupled,
@@ -224,6 +255,10 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "heads": _heads,
     "audit": _audit,
     "faults": _faults,
+    "peers": _peers,
+    "peers_reach": _peers_reach,
+    "peers_registry": _peers_registry,
+    "peers_budgets": _peers_budgets,
     "zoo": _zoo,
     "zoo_unplanned": _zoo_unplanned,
     "zoo_low": _zoo_low,

@@ -31,7 +31,8 @@ def publish(doc: str | None, measure: Callable[[], Any]) -> None:
 
 def provenance() -> dict[str, Any]:
     """Commit, versions, device, threads and command line of this run; no path of the machine."""
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    options = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    command = [Path(sys.argv[0]).name, *options]
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short", "HEAD"),

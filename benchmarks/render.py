@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
+import peer_tables
 import zoo_tables
 from figures import ROOT, newest
 
@@ -30,6 +31,7 @@ def table() -> str:
         _frameworks(),
         _ranks(),
         _rivals(),
+        _peers(),
         _large(),
         _gaps(),
         _overhead(),
@@ -219,6 +221,29 @@ def _rivals() -> list[Row]:
         lines.append((f"{what}1.5, 2 and 3 times its activation bytes", figures, run))
         lines.append((f"{model}: least activation bytes over the same", f"{least:.2f}", run))
     return lines
+
+
+def _peers() -> list[Row]:
+    """Every peer at its best setting, in its own measured memory."""
+    _, run = newest("peers")
+    ratios = {m: [duel.ratio for duel in peer_tables.duels(m, "extra_cpu_s")] for m in peer_tables.models()}
+    medians = [statistics.median(found) for found in ratios.values()]
+    every = [ratio for found in ratios.values() for ratio in found]
+    reach = peer_tables.reach()
+    return [
+        (
+            f"{len(ratios)} models, {len(every)} budgets: memfit's extra CPU time over that of the best of "
+            "every-k-th-block, selective, Hugging Face's and optimal block checkpointing in the same "
+            "measured memory: median of the models' medians, highest median, highest of all",
+            f"{statistics.median(medians):.2f}, {max(medians):.2f}, {max(every):.2f}",
+            run,
+        ),
+        (
+            "the same models in a fixed memory: largest batch of the best peer, and of memfit",
+            "; ".join(f"{row[0]} {row[5].split()[0]}, {row[6]}" for row in reach),
+            run,
+        ),
+    ]
 
 
 def _large() -> list[Row]:
