@@ -275,9 +275,11 @@ def memfits_of(bench: Bench, peers: list[Setting], plain: Setting, row: Row) -> 
     if bench.job.count is not None:
         profile = profile_of(bench, None)
         planner = Planner(profile)
+        row["least_accumulated_bytes"] = planner.lowest().predicted_peak_bytes
         for setting in peers:
-            if setting.peer == "accumulation alone":
-                yield memfit_at(bench, planner, profile, setting.row["peak_bytes"])
+            peak_bytes = setting.row["peak_bytes"]
+            if setting.peer == "accumulation alone" and peak_bytes >= row["least_accumulated_bytes"]:
+                yield memfit_at(bench, planner, profile, peak_bytes)
 
 
 def profile_of(bench: Bench, micro_batch_size: int | None) -> memfit.Profile:
