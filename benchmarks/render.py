@@ -230,8 +230,9 @@ def _peers() -> list[Row]:
     said = "median of the models' medians, highest median, highest of all"
     return [
         (
-            f"{len(reach)} models: memfit's extra CPU time over that of the best of every-k-th-block, selective, "
-            f"Hugging Face's and optimal block checkpointing in the same measured memory: {said}",
+            f"{len(reach)} models: memfit's extra CPU time over that of the best of every-k-th-block, "
+            "selective, Hugging Face's and optimal block checkpointing in the same measured memory: "
+            f"{said}",
             _ratios("extra_cpu_s"),
             run,
         ),
