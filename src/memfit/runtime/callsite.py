@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from memfit.core.barriers import Stretch
 from memfit.core.graph import COMMUNICATION
 from memfit.runtime.compiled import compiled_regions, modules_inside
+from memfit.runtime.modules import named_modules_of
 from memfit.runtime.sharding import sharded_modules
 
 D = TypeVar("D")
@@ -79,7 +80,7 @@ class CallSites(Generic[D]):
         self.is_sharded = bool(sharded)
         if sharded:
             self._asked = None  # each frame has to know its stretch
-        for name, module in self._model.named_modules():
+        for name, module in named_modules_of(self._model):
             if id(module) in hidden:
                 continue
             stretch = sharded.get(module)

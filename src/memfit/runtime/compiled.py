@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from memfit.errors import UnsupportedModel
+from memfit.runtime.modules import named_modules_of
 
 Around = Callable[["Region", Callable[..., Any]], Callable[..., Any]]
 
@@ -59,7 +60,7 @@ class HiddenWrite(UnsupportedModel):
 def compiled_regions(model: nn.Module) -> list[Region]:
     """The outermost compiled modules; the name of the model itself is empty."""
     found: list[Region] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         attribute = _compiled_attribute(module)
         if attribute is not None and not any(_is_in(name, region.name) for region in found):
             found.append(Region(name, module, attribute))

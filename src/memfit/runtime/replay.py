@@ -172,6 +172,7 @@ class Record:
         "keywords",
         "order",
         "outputs",
+        "reads",
         "seed",
         "statistics",
         "writes",
@@ -183,20 +184,11 @@ class Record:
         self.arguments: list[Any] = []
         self.keywords: dict[str, Any] = {}
         self.outputs: list[tuple[int, weakref.ref[Handle]]] = []
+        self.reads: tuple[Handle, ...] = ()
         self.writes: list[Handle] = []
         self.statistics: tuple[int, ...] = ()
         self.seed: tuple[torch.device, Tensor] | None = None
         self.has_gradients = torch.is_grad_enabled()
-
-    def handles(self) -> Iterator[Handle]:
-        """The handles its arguments refer to, some maybe twice."""
-        pending = [*self.arguments, *self.keywords.values()]
-        while pending:
-            item = pending.pop()
-            if isinstance(item, Window):
-                yield item.handle
-            elif isinstance(item, (list, tuple)):
-                pending.extend(item)
 
     def live_outputs(self) -> Iterator[tuple[int, Handle]]:
         """The handles that still want a result, and its number."""
@@ -210,8 +202,11 @@ class Record:
 
         It lets go of its arguments unless a result is made only in passing.
         """
-        stays = any(handle in passing for _, handle in self.live_outputs())
-        private = {h: _copy_of_storage(h.tensor) for h in self.writes if self._must_copy(h, passing, stays)}
+        stays = bool(passing) and any(handle in passing for _, handle in self.live_outputs())
+        private: dict[Handle, Tensor] = {}
+        if self.writes:
+            copied = (h for h in self.writes if self._must_copy(h, passing, stays))
+            private = {h: _copy_of_storage(h.tensor) for h in copied}
         args = _opened(self.arguments, private)
         kwargs = {name: _opened(value, private) for name, value in self.keywords.items()}
         for position in self.statistics:
@@ -226,9 +221,9 @@ class Record:
             if handle not in passing:
                 handle.record = None
         if not stays:
-            for handle in self.handles():
+            for handle in self.reads:
                 handle.readers = [r for r in handle.readers if r() is not self]
-            self.arguments, self.keywords, self.writes, self.seed = [], {}, [], None
+            self.arguments, self.keywords, self.writes, self.reads, self.seed = [], {}, [], (), None
 
     def _call(self, args: list[Any], kwargs: dict[str, Any], *, keep: bool) -> Any:
         """Runs the op as it first ran; the settings of most ops are those of the backward."""
@@ -253,6 +248,7 @@ class Replayer(TorchDispatchMode):
         self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
         self._writes: dict[int, bool] = {}
         self._order = 0
+        self._has_blanks = False
         self._lock = threading.RLock()
         self._stack = ExitStack()
 
@@ -332,7 +328,8 @@ class Replayer(TorchDispatchMode):
         info = op_info(func)
         written = declared_writes(info, args, kwargs) if info.written else []
         given = all_in([*args, *kwargs.values()])
-        self._hold_blanks(info, given, written)
+        if self._has_blanks:
+            self._hold_blanks(info, given, written)
         if self._sites.is_sharded:
             self._hold_barriers(given)
         if not self._can_record(info, given, kwargs, written):
@@ -343,12 +340,15 @@ class Replayer(TorchDispatchMode):
         self._order += 1
         record.statistics = written_statistics(info, args)
         record.arguments = [
-            _Raw(argument) if i in record.statistics else map_tensors(argument, self._window)
-            for i, argument in enumerate(args)
+            self._window(a) if isinstance(a, Tensor) else map_tensors(a, self._window) for a in args
         ]
-        record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
+        for i in record.statistics:
+            record.arguments[i] = _Raw(args[i])
+        if kwargs:
+            record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
         record.writes = [self._dropped[_address(tensor)][0] for tensor in written]
-        for handle in set(record.handles()):
+        record.reads = tuple({*_handles_in([*record.arguments, *record.keywords.values()])})
+        for handle in record.reads:
             handle.readers.append(weakref.ref(record))
         if draws_random_numbers(info, func, args, kwargs):
             record.seed = _generator_state(_device_of(args, kwargs))
@@ -390,6 +390,7 @@ class Replayer(TorchDispatchMode):
         self, record: Record, results: list[Tensor], dropped: Dropped, *, is_blank: bool
     ) -> None:
         """Gives the dropped outputs handles that know how to make them again."""
+        self._has_blanks |= is_blank
         for number, level in dropped.items():
             if number < len(results) and is_plain(results[number]):
                 handle = Handle(record)
@@ -477,18 +478,15 @@ class Replayer(TorchDispatchMode):
         missing = _missing_records(handle)
         self._check_sources(missing)
         passing = _made_in_passing(missing, handle)
-        with ExitStack() as stack:
-            if torch._C._len_torch_dispatch_stack():
-                stack.enter_context(_disable_current_modes())
-            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-            stack.enter_context(torch._C._DisableAutocast())
+        modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+        with modes, torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             while missing:
                 _run_next(missing.pop(), passing)
 
     def _check_sources(self, records: Iterable[Record]) -> None:
         """Refuses to compute from a leaf that was changed since the forward."""
         for record in records:
-            for handle in record.handles():
+            for handle in record.reads:
                 if handle.source is not None and handle.source._version != handle.version:
                     raise RuntimeError(_modified(self._name_of(handle.source)))
 
@@ -513,7 +511,7 @@ def _run_next(record: Record, passing: Counter[Handle]) -> None:
 
     A handle that only ``passing`` knew dies then, and its record with what it held.
     """
-    used = [handle for handle in {*record.handles()} if handle in passing] if passing else []
+    used = [handle for handle in record.reads if handle in passing] if passing else []
     record.run(passing)
     passing.subtract(used)
     for handle in [*used, *(h for _, h in record.live_outputs() if h in passing)] if passing else []:
@@ -537,12 +535,13 @@ def _made_in_passing(missing: list[Record], target: Handle) -> Counter[Handle]:
     """The handles a replay makes only in passing, and how many of its records read each. See Note 8."""
     outputs = (handle for record in missing for _, handle in record.live_outputs())
     segment = target.level.segment
-    found: Counter[Handle] = Counter(
-        dict.fromkeys((h for h in outputs if h is not target and h.level.retained_from < segment), 0)
-    )
+    found: Counter[Handle] = Counter()
+    for handle in outputs:
+        if handle is not target and handle.level.retained_from < segment:
+            found[handle] = 0
     if found:
         for record in missing:
-            found.update(handle for handle in {*record.handles()} if handle in found)
+            found.update(handle for handle in record.reads if handle in found)
     return found
 
 
@@ -554,7 +553,7 @@ def _missing_records(handle: Handle) -> list[Record]:
         record = stack.pop().record
         if record is not None and record.order not in found:
             found[record.order] = record
-            stack.extend(h for h in record.handles() if h.tensor is None)
+            stack.extend(h for h in record.reads if h.tensor is None)
     return [found[order] for order in sorted(found, reverse=True)]
 
 
@@ -570,6 +569,15 @@ def _without_graph(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch._C._DisableTorchDispatch():  # past the mode it takes 1 us in place of 4
         return tensor.detach()
+
+
+def _handles_in(items: Iterable[Any]) -> Iterator[Handle]:
+    """The handles that windows among an op's arguments refer to, some maybe twice."""
+    for item in items:
+        if isinstance(item, Window):
+            yield item.handle
+        elif isinstance(item, (list, tuple)):
+            yield from _handles_in(item)
 
 
 def _opened(item: Any, private: Mapping[Handle, Tensor]) -> Any:

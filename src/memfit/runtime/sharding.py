@@ -31,6 +31,7 @@ from memfit.core.graph import Residents
 from memfit.errors import UnsupportedModel
 from memfit.runtime.compiled import compiled_part
 from memfit.runtime.meter import resident_sizes
+from memfit.runtime.modules import named_modules_of
 
 ONCE = "once"
 REDUCED_BYTES_PER_S = 10e9
@@ -149,7 +150,7 @@ def _states(model: nn.Module) -> dict[str, Any]:
         return {}
     from torch.distributed.fsdp import FSDPModule  # imported already by whoever sharded the model
 
-    return {n: m._get_fsdp_state() for n, m in model.named_modules() if isinstance(m, FSDPModule)}
+    return {n: m._get_fsdp_state() for n, m in named_modules_of(model) if isinstance(m, FSDPModule)}
 
 
 def _groups_of(state: Any) -> list[Any]:
