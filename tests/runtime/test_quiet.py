@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.pytorch_utils import Conv1D
 
 from memfit.runtime.quiet import _QUIET, writes_nothing
 
 ARGUMENTS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Linear: (4, 4),
+    Conv1D: (4, 4),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (4, 4, 1)),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), (4,)),
     nn.GroupNorm: (2, 4),
@@ -23,7 +25,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[Any, ...]] = {
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {nn.Conv1d: (2, 4, 4), nn.Conv3d: (2, 4, 4, 4, 4)}
 
 
-@pytest.mark.parametrize("kind", sorted(_QUIET, key=str))
+@pytest.mark.parametrize("kind", [*sorted(_QUIET, key=str), Conv1D])
 def test_no_quiet_module_changes_what_it_is_given_or_has(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     module = kind(*ARGUMENTS.get(kind, ())).train()
