@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def command_lines(share: float) -> Iterator[Row]:
     from commands import arguments, prepare, problem
 
     codes, wrong = Counter[str](), list[str]()
-    with _folder() as folder:
+    with _folder() as folder, chdir(folder):  # an odd word may name a new folder
         prepare(folder)
         cases = _part(500, share)
         for seed in range(cases):

@@ -41,7 +41,7 @@ def test_a_frontier_goes_from_the_least_memory_to_no_recomputation(profile: Prof
     assert found[0].predicted_peak_bytes == refused.value.needed_bytes
 
 
-@settings(FEW, max_examples=4)
+@FEW
 @given(chains(6), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4))
 def test_a_frontier_holds_what_is_best_at_each_budget_of_interest(
     profile: Profile, shares: list[float]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.runtime.meter import resident_bytes, resident_sizes
+from memfit.runtime.modules import named_modules_of
 
 _SMALL_BYTES: Final = 1 << 16
 
@@ -255,7 +256,7 @@ def _buffers(model: nn.Module, written: Collection[str] | None) -> list[_Buffer]
     """The buffers; the small ones are copied and, of the others, those that are ``written``."""
     places = [
         (f"{prefix}.{key}" if prefix else key, module._buffers, key, buffer)
-        for prefix, module in model.named_modules()
+        for prefix, module in named_modules_of(model)
         for key, buffer in module._buffers.items()
         if buffer is not None
     ]

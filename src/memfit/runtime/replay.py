@@ -162,7 +162,7 @@ class Window:
 
 
 class Record:
-    """One op to run again. ``arguments`` hold windows in place of tensors."""
+    """One op to run again. Windows stand for tensors in ``arguments``; ``reads`` are their handles, each once."""
 
     __slots__ = (
         "__weakref__",
@@ -202,11 +202,8 @@ class Record:
 
         It lets go of its arguments unless a result is made only in passing.
         """
-        stays = bool(passing) and any(handle in passing for _, handle in self.live_outputs())
-        private: dict[Handle, Tensor] = {}
-        if self.writes:
-            copied = (h for h in self.writes if self._must_copy(h, passing, stays))
-            private = {h: _copy_of_storage(h.tensor) for h in copied}
+        stays = any(handle in passing for _, handle in self.live_outputs())
+        private = {h: _copy_of_storage(h.tensor) for h in self.writes if self._must_copy(h, passing, stays)}
         args = _opened(self.arguments, private)
         kwargs = {name: _opened(value, private) for name, value in self.keywords.items()}
         for position in self.statistics:
@@ -340,12 +337,10 @@ class Replayer(TorchDispatchMode):
         self._order += 1
         record.statistics = written_statistics(info, args)
         record.arguments = [
-            self._window(a) if isinstance(a, Tensor) else map_tensors(a, self._window) for a in args
+            _Raw(argument) if i in record.statistics else map_tensors(argument, self._window)
+            for i, argument in enumerate(args)
         ]
-        for i in record.statistics:
-            record.arguments[i] = _Raw(args[i])
-        if kwargs:
-            record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
+        record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
         record.writes = [self._dropped[_address(tensor)][0] for tensor in written]
         record.reads = tuple({*_handles_in([*record.arguments, *record.keywords.values()])})
         for handle in record.reads:
