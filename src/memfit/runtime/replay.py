@@ -162,7 +162,7 @@ class Window:
 
 
 class Record:
-    """One op to run again. Windows stand for tensors in ``arguments``; ``reads`` are their handles, each once."""
+    """One op to run again. ``arguments`` hold windows in place of tensors; ``reads``: their handles, once."""
 
     __slots__ = (
         "__weakref__",
