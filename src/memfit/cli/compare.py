@@ -16,6 +16,7 @@ from memfit.cli.ending import (
     show_json,
 )
 from memfit.cli.options import AsJson, BatchSize, Device, Quiet, Seed, Target
+from memfit.cli.stdout import own_stdout
 from memfit.report.tables import compare_notes, compare_table, compare_verdict
 from memfit.units import parse_memory
 from memfit.workload import DEFAULT_TARGET
@@ -44,7 +45,7 @@ def compare(
     """Run TARGET plain, with every block checkpointed, and with memfit; show time and peak of each."""
     parse_memory(memory, total_bytes=2**40)  # read before torch is imported
     cap_bytes = None if hard_cap is None else parse_memory(hard_cap)
-    with interruptible():
+    with interruptible(), own_stdout():
         from memfit.compare import Request, Way
         from memfit.compare import compare as run_all
 

@@ -16,6 +16,7 @@ from memfit.cli.ending import (
     show_json,
 )
 from memfit.cli.options import AsJson, Quiet
+from memfit.cli.stdout import own_stdout
 from memfit.core.machine import Finding
 from memfit.report.tables import doctor_tables, doctor_verdict
 from memfit.report.terminal import spaced
@@ -27,7 +28,7 @@ def doctor(
     quiet: Quiet = False,
 ) -> None:
     """Show what this machine offers, and check that memfit keeps its promises on it; some seconds."""
-    with interruptible():
+    with interruptible(), own_stdout():
         progress(quiet=quiet).print("looking, measuring, and training a small model", style="dim")
         try:
             from memfit.doctor import CHECK, examine

@@ -20,6 +20,7 @@ from memfit.cli.options import (
     Target,
 )
 from memfit.cli.recording import record_target, refuse_with_profile
+from memfit.cli.stdout import own_stdout
 from memfit.report.terminal import (
     frontier_table,
     frontier_verdict,
@@ -45,7 +46,7 @@ def frontier(
     """Print what each amount of memory buys for TARGET, and what checkpointing by hand would cost."""
     refuse_with_profile(profile, device=device, batch_size=batch_size)
     title = target if profile is None else profile.name
-    with interruptible():
+    with interruptible(), own_stdout():
         from memfit.api import frontier as find_frontier
         from memfit.core.strategies import notable, strategies
 

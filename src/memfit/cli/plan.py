@@ -21,6 +21,7 @@ from memfit.cli.options import (
     Target,
 )
 from memfit.cli.recording import find_card, memory_in_bytes, record_target, refuse_with_profile
+from memfit.cli.stdout import own_stdout
 from memfit.report.terminal import plan_pictures, plan_table, plan_verdict, spaced, tried_table
 from memfit.workload import DEFAULT_TARGET
 
@@ -53,7 +54,7 @@ def plan(
     if memory is None and find_card(device) is None:
         raise typer.BadParameter("say how much, such as --memory 24GiB", param_hint="--memory")
     title = target if profile is None else profile.name
-    with interruptible():
+    with interruptible(), own_stdout():
         memory_bytes = memory_in_bytes(memory or _SHARE_OF_A_CARD, device, profile)
         from memfit.core.advice import advice, block
         from memfit.core.plan import Planner

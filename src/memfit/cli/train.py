@@ -17,6 +17,7 @@ from memfit.cli.ending import (
     show_json,
 )
 from memfit.cli.options import AsJson, BatchSize, Device, Memory, MicroBatchSize, Quiet, Seed, Target
+from memfit.cli.stdout import own_stdout
 from memfit.errors import MemfitError
 from memfit.report.terminal import TerminalWatcher, result_table, result_verdict, run_pictures
 from memfit.units import parse_memory
@@ -65,7 +66,7 @@ def train(
         )
     if nproc > 1:
         raise typer.Exit(_launched(nproc, context.obj))
-    with interruptible("The last checkpoint stays: go on with --resume."):
+    with interruptible("The last checkpoint stays: go on with --resume."), own_stdout():
         from memfit.train import TrainOptions
         from memfit.train import train as run_training
 
