@@ -57,7 +57,8 @@ def test_more_rows_never_cost_less_and_nothing_costs_less_than_nothing(
     small, large = sorted([at(rows_a, a, a), at(rows_b, b, b)], key=lambda run: run.rows)
     fewer, most = costs_at(rows, small, large), costs_at(rows + more, small, large)
     assert 0 <= fewer.seconds <= most.seconds
-    assert 0 <= fewer.temporary_bytes <= most.temporary_bytes
+    if not {rows, rows + more} & {rows_a, rows_b}:  # a size that was measured has what was measured
+        assert 0 <= fewer.temporary_bytes <= most.temporary_bytes
 
 
 def test_a_larger_run_that_was_faster_gives_a_level_line() -> None:
@@ -192,3 +193,13 @@ def test_temporaries_of_one_row_do_not_tell_of_those_of_more() -> None:
         with_costs(replace(ONE, rows=rows), one, one, [two]).ops[0].temporary_bytes for rows in (1, 2, 5)
     ]
     assert found == [16, 48, 144]
+
+
+def test_one_row_has_the_temporaries_measured_there_and_tells_nothing_of_more_rows() -> None:
+    small, large = at(4, 1.0, 400), at(8, 2.0, 800)
+    for own in (7, 900):  # less, and more, than the line through the others says
+        found = {
+            rows: with_costs(replace(ONE, rows=rows), small, large, [at(1, 0.0, own)]).ops[0].temporary_bytes
+            for rows in (1, 2, 4, 6)
+        }
+        assert found == {1: own, 2: 200, 4: 400, 6: 600}

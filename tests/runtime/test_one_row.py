@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import memfit
+from models import UNet
 
 WIDTH, LENGTH = 64, 24
 
@@ -45,3 +46,21 @@ def test_the_peak_of_one_row_is_predicted_from_one_row(rows: int) -> None:
     step(batch)
     assert step.verdict is not None
     assert step.verdict.measured_peak_bytes <= promised_bytes <= 1.02 * step.verdict.measured_peak_bytes
+
+
+def test_convolutions_that_take_more_for_one_row_than_for_two_hold_the_least_memory() -> None:
+    """At one row MKL-DNN picks kernels with larger workspaces than the line through more rows says."""
+    torch.manual_seed(0)
+    model, batch = UNet(width=16, depth=3), torch.randn(8, 3, 32, 32)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch).square().mean()
+        return loss
+
+    with pytest.raises(memfit.InfeasibleBudget) as refused:
+        memfit.fit(model, loss_fn, batch, memory=1)
+    step = memfit.fit(model, loss_fn, batch, memory=refused.value.needed_bytes)
+    step(batch)
+    assert step.plan.micro_batch_size == 1
+    assert step.verdict is not None
+    assert step.verdict.is_within_budget, step.verdict

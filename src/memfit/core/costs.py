@@ -142,7 +142,8 @@ def with_costs(
     Args:
         more: Temporaries of some ops at other numbers of rows, such as the most there are. Between two sizes
             they lie on the line through both, which is never too low where temporaries grow ever faster (a
-            convolution's).
+            convolution's). One row is a size of its own: it tells of others only where a single other is
+            known.
     """
     fixed = fixed_share(small, large)
     growth = fixed + (1.0 - fixed) * graph.rows / large.rows
@@ -152,9 +153,12 @@ def with_costs(
             op = replace(op, seconds=large.seconds[op.key] * growth)
         if op.key in large.temporary_bytes:
             most = large.temporary_bytes[op.key]
-            points = {small.rows: small.temporary_bytes.get(op.key, most), large.rows: most}
-            points |= {p.rows: p.temporary_bytes[op.key] for p in more if op.key in p.temporary_bytes}
-            op = replace(op, temporary_bytes=round(_between(points, graph.rows)))
+            found = {small.rows: small.temporary_bytes.get(op.key, most), large.rows: most}
+            found |= {p.rows: p.temporary_bytes[op.key] for p in more if op.key in p.temporary_bytes}
+            several = {rows: size for rows, size in found.items() if rows > 1}
+            line = several if len(several) > 1 else found
+            size = found[graph.rows] if graph.rows in found else _between(line, graph.rows)
+            op = replace(op, temporary_bytes=round(size))
         ops.append(op)
     return replace(graph, ops=tuple(ops))
 

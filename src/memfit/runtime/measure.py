@@ -65,7 +65,7 @@ def measure(job: Job, place: torch.device, most_rows: int) -> tuple[Measured, Me
 def temporaries_at(
     job: Job, place: torch.device, known: Measured, rows: int, free_bytes: float | None
 ) -> Measured | None:
-    """Inner temporaries at a number of rows, of ops that have some at fewer; None if there are none to know.
+    """Inner temporaries at another number of rows, of ops that have some; None if there are none to know.
 
     The step runs on fakes and only those ops really, one at a time: they need no more memory than the step.
     """
@@ -75,7 +75,7 @@ def temporaries_at(
     wanted = frozenset(
         key.op.split(" of ")[0] for key, size in known.temporary_bytes.items() if size >= _SOME
     )
-    if not wanted or known.rows >= rows:
+    if not wanted or known.rows == rows:
         return None
     faker = Faker(mode_for(job.model))
     with faked(job.model, faker), faker.mode:

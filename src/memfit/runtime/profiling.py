@@ -203,8 +203,9 @@ def _recorded(
             free_bytes = None if limit_bytes is None else limit_bytes - residents.total_bytes
             if points is not None and by_fakes:
                 most_rows = max(recording.graph.rows for recording in recordings)
+                least_rows = min(recording.graph.rows for recording in recordings)
                 # One row is a size of its own (what is contiguous there) and tells nothing of others.
-                sizes = {2, 4, most_rows} if points[1].rows == 1 else {most_rows}
+                sizes = {2, 4, most_rows} if points[1].rows == 1 else {most_rows, least_rows}
                 found = [temporaries_at(job, place, points[1], size, free_bytes) for size in sorted(sizes)]
                 more = [point for point in found if point is not None]
             if job.optimizer is not None:
