@@ -29,7 +29,7 @@ import statistics
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -427,6 +427,15 @@ def _of_commit(path: Path) -> list[Row]:
     return [told | row if row["peer"] == "model" else row for row in found["rows"]]
 
 
+def _joined(paths: Sequence[Path]) -> list[Row]:
+    """The rows of several results; of a model that is in more than one, those of the last."""
+    found = dict[str, list[Row]]()
+    for path in paths:
+        rows = _of_commit(path)
+        found |= {name: [row for row in rows if row["model"] == name] for name in {r["model"] for r in rows}}
+    return [row for name in JOBS for row in found.get(name, [])]
+
+
 def main() -> None:
     """Measures model by model, and writes after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -434,11 +443,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--also", nargs="+", type=Path, default=[], help="results of other models to join")
+    parser.add_argument(
+        "--also", nargs="+", type=Path, default=[], help="other results to join; of a model the last"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     keep_freed_memory()
-    rows = [row for path in options.also for row in _of_commit(path) if row["model"] not in options.models]
+    rows = [row for row in _joined(options.also) if row["model"] not in options.models]
     for name in options.models:
         said = partial(print, flush=True)
         rows += compare(JOBS[name], options.device, options.rounds, said)
