@@ -12,8 +12,8 @@ from memfit.units import format_bytes
 
 Found = dict[str, Any]
 # Ways to run the batch whole. Those that split it have budgets of their own in the result.
-_WHOLE = ("every k-th block", "selective", "transformers", "Rotor")
-_OTHERS = ("plain", *_WHOLE)
+WHOLE = ("every k-th block", "selective", "transformers", "Rotor")
+_OTHERS = ("plain", *WHOLE)
 
 
 class Duel(NamedTuple):
@@ -47,7 +47,7 @@ def measured(model: str, peers: tuple[str, ...]) -> list[Found]:
 
 def duels(model: str, seconds: str) -> Iterator[Duel]:
     """At every budget in which a peer fits; ``seconds`` is "extra_cpu_s" or "again_s"."""
-    peers = measured(model, _WHOLE)
+    peers = measured(model, WHOLE)
     for row in measured(model, ("memfit",)):
         fitting = [peer for peer in peers if peer["peak_bytes"] <= row["budget_bytes"]]
         if fitting:
@@ -77,7 +77,7 @@ def reach() -> list[list[str]]:
     """A row a model: the least memory of the batch, and the largest batch in a memory."""
     rows = []
     for model in models():
-        whole = measured(model, _WHOLE)
+        whole = measured(model, WHOLE)
         own = measured(model, ("memfit",))
         largest = [row for row in of(model) if row["peer"] == "largest"]
         others = [row for row in largest if row["name"] != "memfit"]
