@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import memfit
 from memfit.core.graph import Profile
 from memfit.core.plan import Plan
-from memfit.runtime.replay import Decisions, Replayer, decisions_of
+from memfit.runtime.replay import Decisions, decisions_of
 
 LAYERS, ROWS, TOKENS, WIDE, NARROW = 12, 8, 128, 256, 32
 SHARE = 0.10  # of the forward, that the plan recomputes
@@ -110,7 +110,7 @@ def step() -> dict[str, Any]:
     saved = partial(create_selective_checkpoint_contexts, _policy)
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "plain": nullcontext,
-        "memfit": lambda: Replayer(model, decisions),
+        "memfit": lambda: decisions.replayer(model),
         "every block checkpointed": lambda: checkpointed(model),
         "matmuls and attention saved": lambda: checkpointed(model, context_fn=saved),
     }
@@ -142,7 +142,7 @@ def _step(model: nn.Module, batch: Any, way: Callable[[], AbstractContextManager
 def _held_bytes(model: nn.Module, batch: Any, decisions: Decisions) -> int:
     """Bytes of Python objects alive after the forward that the plain forward does not leave."""
     alive = []
-    ways: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext, lambda: Replayer(model, decisions)]
+    ways: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext, lambda: decisions.replayer(model)]
     for way in ways:
         _step(model, batch, way)  # what is made once and stays
         gc.collect()

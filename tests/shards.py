@@ -251,7 +251,7 @@ def at_each_plan(rank: int) -> list[float]:
         model = sharded(torch.float64, **settings)
         run = Accumulation(model, loss_of, one, sharding=sharding_of(model))
         found = []
-        for decisions in ({}, decisions_of(everything)):
+        for decisions in (decisions_of(()), decisions_of(everything)):
             run.run(batch, ROWS // 4, decisions)
             found.append([_whole(p.grad) for p in model.parameters()])
             model.zero_grad()

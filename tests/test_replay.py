@@ -23,6 +23,7 @@ from memfit.core.graph import Level
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
 from memfit.runtime import opinfo, replay
+from memfit.runtime.intercept import is_heard
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.replay import Replayer, decisions_of
 from models import (
@@ -127,7 +128,10 @@ def test_a_branch_the_loss_does_not_use_leaves_no_memory_behind() -> None:
         return h
 
     model, batch = Net(body, lin=nn.Linear(WIDTH, WIDTH)), floats()
-    for plan in ({}, decisions_of(keys(graph := recorded(model, square_loss, batch), droppable(graph)))):
+    for plan in (
+        decisions_of(()),
+        decisions_of(keys(graph := recorded(model, square_loss, batch), droppable(graph))),
+    ):
         with PeakMeter("cpu") as meter:
             with Replayer(model, plan):
                 loss = square_loss(model, batch)
@@ -158,7 +162,7 @@ def test_a_replay_that_failed_can_be_tried_again(in_levels: bool, monkeypatch: p
         func = self.func
         if self.seed is not None and not failures:
             failures.append(func)
-            self.func = out_of_memory  # type: ignore[assignment]
+            self.func = out_of_memory
         try:
             run(self, passing)
         finally:
@@ -412,7 +416,7 @@ def test_the_surface_of_a_model_is_untouched_also_when_the_forward_raises() -> N
     with pytest.raises(LookupError), Replayer(model, decisions_of(keys(graph, droppable(graph)))):
         square_loss(model, batch)
     assert _surface(model) == before
-    assert torch._C._len_torch_dispatch_stack() == 0
+    assert not is_heard()
 
 
 def test_a_forward_that_somebody_has_set_is_called_and_stays() -> None:
@@ -426,31 +430,30 @@ def test_a_forward_that_somebody_has_set_is_called_and_stays() -> None:
     assert "forward" not in vars(model.out)
 
 
-def test_an_interrupt_inside_of_a_module_without_the_mode_leaves_no_mode_behind() -> None:
+def test_an_interrupt_anywhere_leaves_nothing_behind() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         return m.out(m.lin(x).sin())  # type: ignore[no-any-return]
 
     model, batch = Net(body, lin=nn.Linear(WIDTH, WIDTH), out=nn.Linear(WIDTH, WIDTH)), floats()
     graph = recorded(model, square_loss, batch)
-    decisions = decisions_of(key for key in keys(graph, droppable(graph)) if key.op == "aten.sin.default")
-    assert decisions
+    plan = keys(graph, droppable(graph))
+    decisions = decisions_of(plan)
     before = _surface(model)
 
     def interrupted(*args: Any) -> Tensor:
-        assert torch._C._len_torch_dispatch_stack() == 0, "a plain Linear runs without the mode"
+        assert is_heard()
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", interrupted)
-        with pytest.raises(KeyboardInterrupt), Replayer(model, decisions):
+        with pytest.raises(KeyboardInterrupt), decisions.replayer(model):
             square_loss(model, batch)
-    assert torch._C._len_torch_dispatch_stack() == 0
+    assert not is_heard()
     assert _surface(model) == before
-    plan = keys(graph, droppable(graph))
     assert_same(step_outcome(model, square_loss, batch), step_outcome(model, square_loss, batch, plan))
 
 
-def test_a_budget_that_does_not_bind_enters_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_does_not_bind_listens_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[Replayer] = []
     enter = Replayer.__enter__
 
@@ -461,21 +464,21 @@ def test_a_budget_that_does_not_bind_enters_no_mode(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Replayer, "__enter__", counted)
     layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Tanh(), nn.Softplus())]
     model, batch = nn.Sequential(*layers), torch.randn(256, 16)
-    depths: list[int] = []
+    heard: list[tuple[bool, int]] = []
 
     def loss_fn(m: Any, x: Tensor) -> Tensor:
-        depths.append(torch._C._len_torch_dispatch_stack())
+        heard.append((is_heard(), torch._C._len_torch_dispatch_stack()))
         return square_loss(m, x)
 
     free = memfit.fit(model, loss_fn, batch, memory="1GiB")
-    depths.clear()
+    heard.clear()
     free(batch)
-    assert (entered, depths, free.plan.recompute) == ([], [0], ())
+    assert (entered, heard, free.plan.recompute) == ([], [(False, 0)], ())
     less = free.plan.predicted_peak_bytes - 20_000
     tight = memfit.fit(model, loss_fn, batch, memory=less, micro_batch_size=256)
-    depths.clear()
+    heard.clear()
     tight(batch)
-    assert (len(entered), depths) == (1, [1])
+    assert (len(entered), heard) == (1, [(True, 0)])
 
 
 def test_nothing_stays_alive_after_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from memfit.runtime.micro import (
     weighted_loss,
 )
 from memfit.runtime.passes import run_in_two_passes
-from memfit.runtime.replay import Decisions, Replayer
+from memfit.runtime.replay import Decisions
 from memfit.runtime.sharding import Sharding, gradients_kept_whole
 
 
@@ -114,7 +114,7 @@ class Accumulation:
 
     def forward(self, part: Any, weight: Weight, decisions: Decisions) -> Weighed:
         """The loss of a part in its graph. Without a plan no mode is entered."""
-        with Replayer(self.model, decisions) if decisions else nullcontext():
+        with decisions.replayer(self.model) if decisions else nullcontext():
             loss = weighted_loss(self.model, self.loss_fn, part, weight)
         if isinstance(self.counter, Mapping) and isinstance(weight, Mapping):  # an audit's may have ended
             refuse_no_such_term(loss.terms, weight)

@@ -10,7 +10,7 @@ frame without decisions, ``COMMUNICATION``. A frame knows its stretch too, see `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -20,13 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from memfit.core.barriers import Stretch
 from memfit.core.graph import COMMUNICATION
-from memfit.runtime.compiled import compiled_regions, modules_inside
-from memfit.runtime.modules import named_modules_of
+from memfit.runtime.compiled import Region, compiled_regions, modules_inside
+from memfit.runtime.modules import marks_of, named_modules_of
 from memfit.runtime.sharding import sharded_modules
 
 D = TypeVar("D")
 Forward = Callable[..., Any]
-Quieted = Callable[[nn.Module], Forward | None]
 
 
 class Frame(Generic[D]):
@@ -54,43 +53,47 @@ class CallSites(Generic[D]):
     raises: that costs a call a tenth of what a pair of hooks does. Modules inside a region that torch.compile
     hides are left alone: they would be traced into its graph. Ops of a module without any decision are not
     counted: whoever replays asks for nothing of them.
+    It can be entered again, which costs less as long as the model has not changed.
 
     Args:
         decisions: For each frame what is decided there; None: every module call gets a frame.
-        quieted: What to call in place of the forward of a module without any decision, if it is not None.
+        listen: Called when a frame with decisions follows one without, with True, and the other way round.
     """
 
     def __init__(
-        self, model: nn.Module, decisions: Mapping[str, D] | None = None, quieted: Quieted | None = None
+        self,
+        model: nn.Module,
+        decisions: Mapping[str, D] | None = None,
+        listen: Callable[[bool], None] | None = None,
     ) -> None:
         self._model = model
         self._decisions = decisions or {}
         self._asked = None if decisions is None else {frame.partition("#")[0] for frame in decisions}
-        self._quieted = quieted
+        self._listen = listen
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[dict[str, Any], Forward, Forward | None]] = []
+        self._marks: list[Any] = []
+        self._sharded: list[tuple[nn.Module, str, Stretch]] = []
         self._calls: dict[str, int] = {}
         self.current: Frame[D] = Frame("", self._decisions.get(""))
         self._stack: list[Frame[D]] = []
         self.is_sharded = False
-        self.regions = compiled_regions(model)
+        self.regions: list[Region] = []
 
     def __enter__(self) -> CallSites[D]:
-        hidden, sharded = modules_inside(self.regions), sharded_modules(self._model)
-        self.is_sharded = bool(sharded)
-        if sharded:
-            self._asked = None  # each frame has to know its stretch
-        for name, module in named_modules_of(self._model):
-            if id(module) in hidden:
-                continue
-            stretch = sharded.get(module)
-            if stretch is None:
-                self._replace(name or "model", module)
-            else:
-                self._handles.append(module.register_forward_pre_hook(self._communicate, prepend=True))
-                self._handles.append(module.register_forward_pre_hook(self._begin(name, stretch)))
-                self._handles.append(module.register_forward_hook(self._end, prepend=True))
-                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        marks = marks_of(self._model)
+        if marks != self._marks:
+            self._prepare()
+            self._marks = marks
+        self._calls.clear()
+        self.current = Frame("", self._decisions.get(""))
+        for module, name, stretch in self._sharded:
+            self._handles.append(module.register_forward_pre_hook(self._communicate, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(self._begin(name, stretch)))
+            self._handles.append(module.register_forward_hook(self._end, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for table, ours, _ in self._replaced:
+            table["forward"] = ours
         return self
 
     def __exit__(
@@ -103,33 +106,44 @@ class CallSites(Generic[D]):
                 del table["forward"]
             else:
                 table["forward"] = former
-        self._replaced.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _replace(self, name: str, module: nn.Module) -> None:
-        """Puts a forward that enters a frame in the place of a module's own."""
-        forward = module.forward
-        if self._asked is not None and name not in self._asked:
-            ours = (self._quieted and self._quieted(module)) or self._apart(forward)
-        else:
-            ours = self._framed(name, forward)
+    def _prepare(self) -> None:
+        """Looks at the model: which forwards are to be replaced, and by what."""
+        self.regions = compiled_regions(self._model)
+        hidden, sharded = modules_inside(self.regions), sharded_modules(self._model)
+        self.is_sharded = bool(sharded)
+        self._replaced.clear()
+        self._sharded.clear()
+        names = {module: name for name, module in named_modules_of(self._model) if id(module) not in hidden}
+        asked = self._asked if not sharded else None  # sharded: each frame has to know its stretch
+        wanted = names if asked is None else _within(names, asked)
+        for module, name in names.items():
+            if module in sharded:
+                self._sharded.append((module, name, sharded[module]))
+            elif module in wanted:
+                is_asked = asked is None or (name or "model") in asked
+                self._replace(name or "model", module, is_asked=is_asked)
+
+    def _replace(self, name: str, module: nn.Module, *, is_asked: bool) -> None:
+        """Makes the forward that is to enter a frame, or to leave one, in the place of a module's own."""
+        forward, table = module.forward, module.__dict__
+        ours = self._framed(name, forward) if is_asked else self._apart(forward)
         ours.__wrapped__ = forward  # type: ignore[attr-defined]  # for who reads its signature
-        table = module.__dict__
         self._replaced.append((table, ours, table.get("forward")))
-        table["forward"] = ours
 
     def _framed(self, name: str, forward: Forward) -> Forward:
         """A forward that runs in a frame of its own."""
 
         def framed(*args: Any, **kwargs: Any) -> Any:
             outer = self.current
-            self.current = self._frame(name, outer.stretch)
+            self._go_to(self._frame(name, outer.stretch))
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.current = outer
+                self._go_to(outer)
 
         return framed
 
@@ -138,13 +152,22 @@ class CallSites(Generic[D]):
         nowhere: Frame[D] = Frame("", None)
 
         def apart(*args: Any, **kwargs: Any) -> Any:
-            outer, self.current = self.current, nowhere
+            outer = self.current
+            if outer.decisions is None:
+                return forward(*args, **kwargs)
+            self._go_to(nowhere)
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.current = outer
+                self._go_to(outer)
 
         return apart
+
+    def _go_to(self, frame: Frame[D]) -> None:
+        """The frame of the ops that follow."""
+        if self._listen is not None and (frame.decisions is None) != (self.current.decisions is None):
+            self._listen(frame.decisions is not None)
+        self.current = frame
 
     def _frame(self, name: str, stretch: Stretch) -> Frame[D]:
         """The next call of a module."""
@@ -156,22 +179,30 @@ class CallSites(Generic[D]):
     def _communicate(self, module: nn.Module, args: Any) -> None:
         """The first pre-hook of a sharded module: those of FSDP follow."""
         self._stack.append(self.current)
-        self.current = Frame(COMMUNICATION, None, self.current.stretch)
+        self._go_to(Frame(COMMUNICATION, None, self.current.stretch))
 
     def _begin(self, name: str, stretch: Stretch) -> Callable[[nn.Module, Any], None]:
         """The last pre-hook of a sharded module: its own ops follow."""
         name = name or "model"
 
         def begin(module: nn.Module, args: Any) -> None:
-            self.current = self._frame(name, self.current.stretch + stretch)
+            self._go_to(self._frame(name, self.current.stretch + stretch))
 
         return begin
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         """The first hook after the forward of a sharded module: those of FSDP follow."""
-        self.current = Frame(COMMUNICATION, None, self._stack[-1].stretch)
+        self._go_to(Frame(COMMUNICATION, None, self._stack[-1].stretch))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after a module's forward, also when it raised."""
         if self._stack:
-            self.current = self._stack.pop()
+            self._go_to(self._stack.pop())
+
+
+def _within(names: Mapping[nn.Module, str], asked: Collection[str]) -> Collection[nn.Module]:
+    """The modules that can be called within a frame that is asked for."""
+    if "" in asked:
+        return names
+    outer = (module for module, name in names.items() if (name or "model") in asked)
+    return {inner for module in outer for inner in module.modules()}

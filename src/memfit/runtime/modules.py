@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -26,3 +28,20 @@ def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 (prefix + key, child) for key, child in reversed(children.items()) if child is not None
             ]
     return found
+
+
+def marks_of(model: nn.Module) -> list[Any]:
+    """What tells whether a model is still made of the same modules, and each calls the same forward.
+
+    The lists of two moments are equal if so. What torch.compile and ``fully_shard`` do to a module shows.
+    """
+    found, seen = [model], {model}
+    marks: list[Any] = []
+    for module in found:
+        kind, table = type(module), module.__dict__
+        marks += (module, kind, kind.forward, table.get("forward"), table.get("_compiled_call_impl"))
+        for child in table["_modules"].values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return marks

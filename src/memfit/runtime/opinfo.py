@@ -175,9 +175,9 @@ def written_statistics(info: OpInfo, args: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(i for i in positions if isinstance(args[i], Tensor)) if mixes_rows(info, args) else ()
 
 
-def writes_anything(info: OpInfo) -> bool:
-    """Whether some call of the op writes to an argument."""
-    return bool(info.written) or info.name in _STATISTICS
+def is_writer(schema: torch._C.FunctionSchema) -> bool:
+    """Whether some call of an op writes to an argument."""
+    return schema.is_mutable or schema.name in _STATISTICS
 
 
 def all_writes(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -31,7 +31,7 @@ from memfit.runtime.batch import join, map_tensors, rows_of, tensors_of
 from memfit.runtime.micro import OutputsLoss, Weighed, alone, micro_batches, weighed, without_autocast
 from memfit.runtime.normalisation import normalised
 from memfit.runtime.preserve import Buffers, RandomStreams
-from memfit.runtime.replay import Decisions, Replayer
+from memfit.runtime.replay import Decisions
 
 _SAMPLED = 32  # numbers of an output that are compared
 _TOLERANCE = 1e-3  # of the largest of them: kernels that add in any order differ by less, other masks by more
@@ -124,7 +124,7 @@ def _run_again(
 ) -> None:
     """A micro-batch of the second pass."""
     torch.clear_autocast_cache()  # as in weighted_loss
-    with Replayer(model, decisions) if decisions else nullcontext():
+    with decisions.replayer(model) if decisions else nullcontext():
         outputs = loss_fn.outputs_fn(model, part)
     _refuse_other_outputs(sample, _sampled(outputs))
     seeded = with_gradients(outputs, gradients)

@@ -1,20 +1,27 @@
 """Carries out a plan: keeps what it says, and computes the rest again when the backward asks.
 
 Note [Replay]
- 1. During the forward a dispatch mode sees every op below autograd. An op the plan does not name costs
-    one Python call. A named op runs as usual and leaves a *record*: the op, and where its arguments
-    come from. Its dropped outputs get *handles*; nothing holds their memory.
+ 1. During the forward memfit is told when an op is called that the plan names, and of every write
+    (``runtime/intercept.py``); all other ops run as they would without it. A named op runs and leaves a
+    *record*: the op, and where its arguments come from. Its dropped outputs get *handles*; nothing holds
+    their memory.
  2. An argument that is itself dropped is referred to by its handle; any other is held, so whatever the
     plan forgot costs memory, never correctness.
  3. Packing a tensor that lives in a dropped value returns a reference to the handle. Unpacking runs the
     missing records, in forward order, once. A handle keeps what was replayed until its last reference
     dies: the save's (autograd frees it) or that of a record not yet replayed. Reference counting is the
     whole memory management; ``core/timeline.py`` predicts it by the same rules.
+    An op's own outputs are packed before it returns, so before they have handles: these saves come *early*,
+    and find their handles when it has returned.
  4. A write in place begins a new version of its storage. A handle belongs to the old one. A replayed
     write takes the old version over if it is the only reader, else it works on a copy. If something
     held as an argument is about to be overwritten, the record gets a copy first.
- 5. Replays run below autograd and autocast, as the recorded ops did, under the generator state at which the
-    op first ran (the stream is put back afterwards) and its grad mode: kernels of MKL-DNN ask for it.
+    memfit is told of a write before autograd is, which may still read and save the old version (the clone
+    that ``mul_`` needs). So the new one begins when the version counter has moved, at the latest with the end
+    of the op.
+ 5. Replays run below autograd and autocast, as the kernels of the recorded ops did, under the generator state
+    at which the op first ran (the stream is put back afterwards) and its grad mode: kernels of MKL-DNN ask
+    for it.
  6. Running statistics that BatchNorm writes are replaced by scratch copies in a replay.
  7. Autograd checks that saved tensors were not modified, but not behind hooks: memfit checks instead. What
     is written after it was saved, and autograd does not mind (chunks of ``unsafe_split`` count versions
@@ -23,15 +30,11 @@ Note [Replay]
     and its record stays, to run once more when its own segment is due. That is checkpointing in levels.
  9. Blank memory (``empty``, ``zeros``) may be written invisibly, so it is held as soon as anything but a
     complete overwrite looks at it.
-10. A region that torch.compile hides runs without the mode, as in a plain step (``runtime/compiled.py``).
+10. A region that torch.compile hides runs untold, as in a plain step (``runtime/compiled.py``).
     What it has made is kept; what it saves of others' is packed like any other save.
 11. Parameters under ``fully_shard`` are there only while their own module runs, forward or backward. FSDP
     frees and fills their storage, which stays the same, so a record may hold them. What is wanted outside of
     its module is held, whatever the plan says (``core/barriers.py``).
-12. The hot path: an op is known by its identity, since hashing it runs Python; its function is called without
-    ``OpOverload.__call__``; and the class opts out of the guard against dynamo that torch puts around each
-    call of a mode (2.5 us): it steps aside for compiled regions anyway.
-    A module of torch's own that writes to nothing and of which nothing is planned runs without the mode.
 """
 
 from __future__ import annotations
@@ -43,122 +46,167 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._C import _len_torch_dispatch_stack, _set_grad_enabled
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode,
-)
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.core.barriers import Stretch, is_there
 from memfit.core.graph import Level, ValueKey
 from memfit.runtime.callsite import CallSites
-from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
+from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, unwritten
+from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard
 from memfit.runtime.opinfo import (
     OpInfo,
     all_in,
-    all_writes,
     declared_writes,
     draws_random_numbers,
     has_own_generator,
     is_plain,
     makes_blank,
-    map_tensors,
-    op_info,
     overwrites_all,
     tensors_in,
-    writes_anything,
     written_statistics,
 )
-from memfit.runtime.quiet import writes_nothing
 
 # number of each output to drop -> its level
 Dropped = Mapping[int, Level]
 # identity of an op -> occurrence -> outputs to drop
 Planned = Mapping[int, Mapping[int, Dropped]]
-# frame -> what is planned there
-Decisions = Mapping[str, Planned]
+
+
+class Decisions:
+    """A plan's values to recompute, arranged for the hot path.
+
+    Attributes:
+        of_frames: For each frame what is planned there.
+        funcs: The ops that are named anywhere.
+    """
+
+    __slots__ = ("_replayer", "funcs", "of_frames")
+
+    def __init__(self, of_frames: Mapping[str, Planned], funcs: frozenset[OpOverload]) -> None:
+        self.of_frames = of_frames
+        self.funcs = funcs
+        self._replayer: Replayer | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is recomputed."""
+        return bool(self.funcs)
+
+    def replayer(self, model: nn.Module) -> Replayer:
+        """One for the next forward of a model; the last one, if it is free, for it knows the model."""
+        if self._replayer is None or not self._replayer.is_free_for(model):
+            self._replayer = Replayer(model, self)
+        return self._replayer
+
+
+class Geometry(NamedTuple):
+    """How a tensor lies in its storage."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+def geometry_of(tensor: Tensor) -> Geometry:
+    """How a tensor lies in its storage."""
+    return Geometry(tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)  # type: ignore[arg-type]
 
 
 class Handle:
     """One version of a storage that is, or can be, computed again.
 
-    ``tensor`` is any tensor over the whole storage, once there is one. ``source`` is set for a leaf
-    from outside the step, whose version tells whether it was changed since. ``readers`` are the records
-    that have it as an argument, ``windows`` what autograd saved of it; both may be dead by now.
+    ``tensor`` is a tensor over the storage, once there is one; ``geometry`` is what it is or will be like.
+    ``version`` is that of a tensor held as it is, which tells whether it was changed since. ``readers`` are
+    the records that have it as an argument, ``windows`` what autograd saved of it; both may be dead by now.
     """
 
     __slots__ = (
         "__weakref__",
+        "geometry",
         "is_blank",
         "level",
         "readers",
         "record",
-        "source",
         "stretch",
         "tensor",
         "version",
         "windows",
     )
 
-    def __init__(self, record: Record | None, tensor: Tensor | None = None) -> None:
+    def __init__(self, record: Record | None, like: Tensor) -> None:
         self.record = record
-        self.tensor = tensor
+        self.geometry = geometry_of(like)
+        self.tensor: Tensor | None = None
+        self.version: int | None = None
         self.readers: list[weakref.ref[Record]] = []
         self.windows: list[weakref.ref[Window]] = []
         self.is_blank = False
-        self.level = Level()
-        self.source: Tensor | None = None
+        self.level = _NO_LEVEL
         self.stretch: Stretch = ()
-        self.version = 0
 
     def has_other_readers(self, record: Record) -> bool:
         """Whether anyone but one record still wants this version as it is."""
         waiting = (reference() for reference in self.readers)
-        return any(r is not None and r is not record for r in waiting) or any(w() for w in self.windows)
+        wanted = any(r is not None and r is not record and not r.is_done for r in waiting)
+        return wanted or any(w() for w in self.windows)
+
+    def is_modified(self) -> bool:
+        """Whether what is held was written to behind the handle."""
+        return self.version is not None and self.tensor is not None and self.tensor._version != self.version
+
+
+def held(tensor: Tensor) -> Handle:
+    """A handle that holds a tensor's memory; with its graph it would keep the nodes behind it."""
+    handle = Handle(None, tensor)
+    handle.tensor = tensor.detach()
+    return handle
 
 
 class Window:
     """A tensor as a window onto a handle: what autograd or a record holds in its place.
 
-    ``counter`` shares the version counter of a saved tensor, and nothing else of it.
+    ``geometry`` is None where it is that of the handle. ``counter`` shares the version counter of a saved
+    tensor, and nothing else of it.
     """
 
-    __slots__ = ("__weakref__", "counter", "dtype", "handle", "offset", "size", "stride", "version")
+    __slots__ = ("__weakref__", "counter", "geometry", "handle", "version")
 
-    def __init__(self, handle: Handle, tensor: Tensor) -> None:
+    def __init__(self, handle: Handle, geometry: Geometry | None) -> None:
         self.handle = handle
-        self.size = tensor.size()
-        self.stride = tensor.stride()
-        self.offset = tensor.storage_offset()
-        self.dtype = tensor.dtype
+        self.geometry = geometry
         self.counter: Tensor | None = None
         self.version = 0
-
-    def count_versions_of(self, tensor: Tensor) -> None:
-        """From now on :meth:`is_modified` tells of writes to a tensor, without keeping its memory."""
-        is_plain_type = type(tensor) in (Tensor, nn.Parameter)
-        with torch._C._DisableTorchDispatch() if is_plain_type else nullcontext():  # no op of the model
-            self.counter, self.version = tensor.detach(), tensor._version
-            self.counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def is_modified(self) -> bool:
         """Whether autograd would refuse the saved tensor."""
         return self.counter is not None and self.counter._version != self.version
 
-    def open(self, whole: Tensor | None) -> Tensor:
+    def move_to(self, handle: Handle) -> None:
+        """Looks at another handle from now on, in the same way."""
+        self.geometry = self.geometry or self.handle.geometry
+        self.handle = handle
+
+    def open(self) -> Tensor:
         """The tensor, over memory that must be there already."""
+        whole = self.handle.tensor
         assert whole is not None
-        if whole.dtype is self.dtype:
-            return whole.as_strided(self.size, self.stride, self.offset)
-        empty = torch.empty(0, dtype=self.dtype, device=whole.device)
-        return empty.set_(whole.untyped_storage(), self.offset, self.size, self.stride)
+        return whole if self.geometry is None else opened(whole, self.geometry)
+
+
+def opened(whole: Tensor, geometry: Geometry) -> Tensor:
+    """A tensor over the storage of another one."""
+    size, stride, offset, dtype = geometry
+    if whole.dtype is dtype:
+        return whole.as_strided(size, stride, offset)
+    return torch.empty(0, dtype=dtype, device=whole.device).set_(
+        whole.untyped_storage(), offset, size, stride
+    )
 
 
 class Record:
@@ -169,6 +217,8 @@ class Record:
         "arguments",
         "func",
         "has_gradients",
+        "info",
+        "is_done",
         "keywords",
         "order",
         "outputs",
@@ -178,9 +228,10 @@ class Record:
         "writes",
     )
 
-    def __init__(self, order: int, func: OpOverload) -> None:
+    def __init__(self, order: int, op: PlannedOp) -> None:
         self.order = order
-        self.func = func
+        self.func: Callable[..., Any] = op.func
+        self.info = op.info
         self.arguments: list[Any] = []
         self.keywords: dict[str, Any] = {}
         self.outputs: list[tuple[int, weakref.ref[Handle]]] = []
@@ -189,6 +240,7 @@ class Record:
         self.statistics: tuple[int, ...] = ()
         self.seed: tuple[torch.device, Tensor] | None = None
         self.has_gradients = torch.is_grad_enabled()
+        self.is_done = False
 
     def live_outputs(self) -> Iterator[tuple[int, Handle]]:
         """The handles that still want a result, and its number."""
@@ -202,158 +254,182 @@ class Record:
 
         It lets go of its arguments unless a result is made only in passing.
         """
-        stays = any(handle in passing for _, handle in self.live_outputs())
+        stays = bool(passing) and any(handle in passing for _, handle in self.live_outputs())
         private = {h: _copy_of_storage(h.tensor) for h in self.writes if self._must_copy(h, passing, stays)}
-        args = _opened(self.arguments, private)
+        args = [_opened(argument, private) for argument in self.arguments]
         kwargs = {name: _opened(value, private) for name, value in self.keywords.items()}
         for position in self.statistics:
             args[position] = args[position].clone()
-        out = self._call(args, kwargs, keep=stays)
-        info = op_info(self.func)
-        results = (
-            [*declared_writes(info, tuple(args), kwargs), *tensors_in(out)] if info.written else all_in(out)
-        )
+        if self.seed is None:
+            out = self.func(*args, **kwargs)
+        else:
+            with _generator_at(self, keep=stays):
+                out = self.func(*args, **kwargs)
+        results = all_in(out)
+        if self.writes:
+            results = [*declared_writes(self.info, tuple(args), kwargs), *results]
         for number, handle in self.live_outputs():
             handle.tensor = results[number]
             if handle not in passing:
                 handle.record = None
         if not stays:
-            for handle in self.reads:
-                handle.readers = [r for r in handle.readers if r() is not self]
+            self.is_done = True
             self.arguments, self.keywords, self.writes, self.reads, self.seed = [], {}, [], (), None
-
-    def _call(self, args: list[Any], kwargs: dict[str, Any], *, keep: bool) -> Any:
-        """Runs the op as it first ran; the settings of most ops are those of the backward."""
-        if self.seed is None and torch.is_grad_enabled() == self.has_gradients:
-            return self.func(*args, **kwargs)
-        with _generator_at(self, keep=keep), torch.set_grad_enabled(self.has_gradients):
-            return self.func(*args, **kwargs)
 
     def _must_copy(self, old: Handle, passing: Counter[Handle], stays: bool) -> bool:
         """Whether somebody still wants a version that the op is about to overwrite."""
         return passing[old] > 1 if old in passing else stays or old.has_other_readers(self)
 
 
-class Replayer(TorchDispatchMode):
+class _Write:
+    """A write under way: the tensor, its version before, and the handle of what it holds, if dropped."""
+
+    __slots__ = ("address", "handle", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, address: int, handle: Handle | None) -> None:
+        self.tensor = tensor
+        self.address = address
+        self.handle = handle
+        self.version = _version_of(tensor)
+
+    def has_happened(self) -> bool:
+        """Whether autograd has counted it; some are not counted."""
+        return _version_of(self.tensor) != self.version
+
+
+class _Running:
+    """An op that is being recorded: what it was given as it is, and what is saved of its outputs."""
+
+    __slots__ = ("early", "given")
+
+    def __init__(self, given: set[int]) -> None:
+        self.given = given
+        self.early: list[tuple[int, Window, Tensor]] = []
+
+
+class Replayer:
     """The forward of one micro-batch under a plan; use as a context manager around the forward only."""
 
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
-        self._sites: CallSites[Planned] = CallSites(model, decisions, self._quieted)
-        self._dropped: dict[int, tuple[Handle, StorageWeakRef]] = {}
-        self._held: dict[int, tuple[weakref.ref[Handle], StorageWeakRef]] = {}
-        self._writes: dict[int, bool] = {}
+        self._funcs = decisions.funcs
+        self._sites: CallSites[Planned] = CallSites(model, decisions.of_frames, listen)
+        self._dropped: dict[int, Handle] = {}
+        self._held: dict[int, weakref.ref[Handle]] = {}
+        self._pins: list[int] = []
+        self._empties: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._running: _Running | None = None
+        self._writes: list[_Write] = []
         self._order = 0
         self._has_blanks = False
         self._lock = threading.RLock()
         self._stack = ExitStack()
+        self._is_entered = False
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch's guard around each call of a mode is not wanted. See Note 12."""
-        return False
+    def is_free_for(self, model: nn.Module) -> bool:
+        """Whether it can be entered for a forward of a model."""
+        return self._model is model and not self._is_entered
 
     def __enter__(self) -> Replayer:
+        self._is_entered = True
+        plan_for(self._funcs)
         self._stack.enter_context(self._sites)
         if self._sites.regions:
             self._stack.enter_context(entered(self._sites.regions, self._around))
         self._stack.enter_context(saves_through(self._sites.regions, self._pack, self._unpack))
-        super().__enter__()  # type: ignore[no-untyped-call]
+        self._stack.enter_context(told(self, calls=self._sites.current.decisions is not None))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._stack.close()
         self._dropped.clear()
         self._held.clear()
+        self._empties.clear()
+        while self._pins:
+            torch.UntypedStorage._free_weak_ref(self._pins.pop())
+        self._has_blanks = False
+        self._is_entered = False
 
     # ---- forward ------------------------------------------------------------------------------------
-
-    def _quieted(self, module: nn.Module) -> Callable[..., Any] | None:
-        """The forward of a module without the mode, if that hides nothing. See Note 12."""
-        if not writes_nothing(module):
-            return None
-        forward = module.forward
-
-        def quieted(*args: Any, **kwargs: Any) -> Any:
-            if _get_current_dispatch_mode() is not self:
-                return forward(*args, **kwargs)
-            _pop_torch_dispatch_stack(None)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                _push_on_torch_dispatch_stack(self)
-
-        return quieted
 
     def _around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a region that torch.compile hides. See Note 10."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            with unwritten(region, arguments_of(args, kwargs)), stepped_aside(self):
+            with unwritten(region, arguments_of(args, kwargs)), unheard():
                 return call(*args, **kwargs)
 
         return called
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def called(
+        self, op: PlannedOp, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The hot path: an op outside the plan costs two look-ups and the call. See Note 12."""
-        key = id(func)
+        """Runs an op that is planned somewhere, maybe here."""
         frame = self._sites.current
-        if frame.decisions is not None:
-            planned = frame.decisions.get(key)
-            if planned is not None:
-                dropped = planned.get(frame.occurrence(key))
-                if dropped is not None:
-                    return self._run_recorded(func, args, kwargs or {}, dropped)
-        writes = self._writes.get(key)
-        if writes is None:
-            writes = self._writes[key] = writes_anything(op_info(func))
-        if writes:
-            for tensor in all_writes(op_info(func), args, kwargs or {}):
-                self._begin_version(tensor)
-        return func._op(*args, **kwargs) if kwargs else func._op(*args)
+        planned = frame.decisions.get(op.key) if frame.decisions is not None else None
+        if planned is not None:
+            dropped = planned.get(frame.occurrence(op.key))
+            if dropped is not None:
+                return self._run_recorded(op, call, args, kwargs, dropped)
+        return call(*args, **kwargs)
 
     def _run_recorded(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: Dropped
+        self,
+        op: PlannedOp,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dropped: Dropped,
     ) -> Any:
         """Runs an op the plan names and leaves a record, unless that would not be safe here."""
-        info = op_info(func)
+        info = op.info
+        if self._writes:
+            self._begin_versions()
         written = declared_writes(info, args, kwargs) if info.written else []
-        given = all_in([*args, *kwargs.values()])
+        given = all_in([*args, *kwargs.values()] if kwargs else args)
         if self._has_blanks:
             self._hold_blanks(info, given, written)
         if self._sites.is_sharded:
             self._hold_barriers(given)
         if not self._can_record(info, given, kwargs, written):
-            for tensor in all_writes(info, args, kwargs):
-                self._begin_version(tensor)
-            return func(*args, **kwargs)
-        record = Record(self._order, func)
+            return call(*args, **kwargs)
+        record = self._record(op, args, kwargs, written)
+        overwritten = {_address(tensor) for tensor in written}
+        outer, running = self._running, _Running({_address(t) for t in given} - overwritten)
+        self._running = running
+        try:
+            out = call(*args, **kwargs)
+        finally:
+            self._running = outer
+        self._make_handles(record, [*written, *all_in(out)], dropped, is_blank=makes_blank(info, written))
+        if running.early:
+            self._find_handles(running.early)
+        return out
+
+    def _record(
+        self, op: PlannedOp, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
+    ) -> Record:
+        """What it takes to run a call again, as it is now."""
+        record = Record(self._order, op)
         self._order += 1
-        record.statistics = written_statistics(info, args)
+        if written:
+            record.writes = [self._dropped[_address(tensor)] for tensor in written]
+        record.statistics = statistics = written_statistics(op.info, args)
+        reads: dict[Handle, None] = {}
         record.arguments = [
-            _Raw(argument) if i in record.statistics else map_tensors(argument, self._window)
+            _Raw(argument) if i in statistics else self._stand_in(argument, reads)
             for i, argument in enumerate(args)
         ]
-        record.keywords = {name: map_tensors(value, self._window) for name, value in kwargs.items()}
-        record.writes = [self._dropped[_address(tensor)][0] for tensor in written]
-        record.reads = tuple({*_handles_in([*record.arguments, *record.keywords.values()])})
-        for handle in record.reads:
+        if kwargs:
+            record.keywords = {name: self._stand_in(value, reads) for name, value in kwargs.items()}
+        record.reads = tuple(reads)
+        for handle in reads:
             handle.readers.append(weakref.ref(record))
-        if draws_random_numbers(info, func, args, kwargs):
+        if op.info.is_random and draws_random_numbers(op.info, op.func, args, kwargs):
             record.seed = _generator_state(_device_of(args, kwargs))
-        if written or record.statistics:
-            for tensor in all_writes(info, args, kwargs):
-                self._begin_version(tensor)
-        out = func(*args, **kwargs)
-        blank = makes_blank(info, written)
-        self._make_handles(record, [*written, *all_in(out)], dropped, is_blank=blank)
-        return out
+        return record
 
     def _can_record(
         self, info: OpInfo, given: list[Tensor], kwargs: dict[str, Any], written: list[Tensor]
@@ -368,7 +444,7 @@ class Replayer(TorchDispatchMode):
         unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
         for tensor in given:
             found = self._dropped.get(_address(tensor))
-            if found is not None and found[0].is_blank and _address(tensor) not in unread:
+            if found is not None and found.is_blank and _address(tensor) not in unread:
                 del self._dropped[_address(tensor)]
 
     def _hold_barriers(self, given: list[Tensor]) -> None:
@@ -377,9 +453,9 @@ class Replayer(TorchDispatchMode):
         for tensor in given:
             address = _address(tensor)
             found = self._dropped.get(address)
-            if found is not None and found[0].stretch and not is_there(found[0].stretch, stretch):
+            if found is not None and found.stretch and not is_there(found.stretch, stretch):
                 del self._dropped[address]
-                self._hold_saved(found[0], tensor)
+                _hold_saved(found, tensor)
 
     def _make_handles(
         self, record: Record, results: list[Tensor], dropped: Dropped, *, is_blank: bool
@@ -388,65 +464,117 @@ class Replayer(TorchDispatchMode):
         self._has_blanks |= is_blank
         for number, level in dropped.items():
             if number < len(results) and is_plain(results[number]):
-                handle = Handle(record)
+                handle = Handle(record, results[number])
                 handle.level = level
                 handle.stretch = self._sites.current.stretch
                 handle.is_blank = is_blank
                 record.outputs.append((number, weakref.ref(handle)))
                 block = results[number].untyped_storage()
-                self._dropped[block._cdata] = (handle, StorageWeakRef(block))
+                self._dropped[block._cdata] = handle
+                self._pins.append(block._weak_ref())  # type: ignore[arg-type]  # the address stays its own when the memory is gone
+
+    def _stand_in(self, item: Any, reads: dict[Handle, None]) -> Any:
+        """An argument with windows in place of tensors; their handles are noted."""
+        if isinstance(item, Tensor):
+            window = self._window(item)
+            reads[window.handle] = None
+            return window
+        if isinstance(item, (list, tuple)):
+            return type(item)(self._stand_in(part, reads) for part in item)
+        return item
 
     def _window(self, tensor: Tensor) -> Window:
         """A window onto the handle of a tensor; one that is not dropped is held from now on."""
-        block = tensor.untyped_storage()
-        address = block._cdata
-        if address in self._dropped:
-            return Window(self._dropped[address][0], tensor)
-        held = self._held.get(address)
-        handle = held[0]() if held is not None else None
+        address = tensor.untyped_storage()._cdata
+        handle = self._dropped.get(address)
         if handle is None:
-            leaf = tensor.grad_fn is None
-            # A tensor with a graph would keep the nodes behind it; its memory is all that is needed.
-            handle = Handle(None, tensor if leaf else tensor.detach())
-            if leaf:
-                handle.source, handle.version = tensor, tensor._version
-            self._held[address] = (weakref.ref(handle), StorageWeakRef(block))
-        return Window(handle, tensor)
+            known = self._held.get(address)
+            handle = known() if known is not None else None
+            if handle is None:
+                handle = held(tensor)
+                if any(w.address == address and not w.has_happened() for w in self._writes):
+                    self._hold_copy(handle)
+                else:
+                    handle.version = _version_of(tensor)
+                    self._held[address] = weakref.ref(handle)
+                return Window(handle, None)
+        return _window_onto(handle, tensor)
 
-    def _begin_version(self, tensor: Tensor) -> None:
-        """A write is about to happen: handles of the old version must not see it. See Note 4."""
-        if tensor.layout is not torch.strided:
-            return
-        address = _address(tensor)
-        dropped = self._dropped.pop(address, None)
-        if dropped is not None:
-            self._hold_saved(dropped[0], tensor)
-        held = self._held.pop(address, None)
-        handle = held[0]() if held is not None else None
-        if handle is not None and handle.tensor is not None:
-            handle.tensor, handle.source = _copy_of_storage(handle.tensor), None
+    def begin_writes(self, tensors: list[Tensor]) -> int:
+        """Writes are about to happen: what is held must not see them. See Note 4."""
+        begun = len(self._writes)
+        for tensor in tensors:
+            address = _address(tensor)
+            known = self._held.pop(address, None)
+            handle = known() if known is not None else None
+            if handle is not None:
+                self._hold_copy(handle)
+            self._writes.append(_Write(tensor, address, self._dropped.get(address)))
+        return begun
 
-    def _hold_saved(self, handle: Handle, tensor: Tensor) -> None:
-        """What autograd saved of a version that is overwritten now is the storage itself. See Note 7."""
-        windows = [window for reference in handle.windows if (window := reference()) is not None]
-        if windows:
-            held = Handle(None, tensor.detach())
-            for window in windows:
-                window.handle = held
-            handle.windows.clear()
+    def end_writes(self, begun: int) -> None:
+        """Writes are done: what follows sees new versions."""
+        while len(self._writes) > begun:
+            self._begin_version(self._writes.pop())
+
+    def _begin_versions(self) -> None:
+        """The same for those among the writes under way that have happened by now."""
+        for write in self._writes:
+            if write.has_happened():
+                self._begin_version(write)
+
+    def _begin_version(self, write: _Write) -> None:
+        """The handle of a storage that was written to belongs to what it held before."""
+        handle, write.handle = write.handle, None
+        if handle is not None and self._dropped.get(write.address) is handle:
+            del self._dropped[write.address]
+            _hold_saved(handle, write.tensor)
+
+    def _hold_copy(self, handle: Handle) -> None:
+        """Holds a copy in place of memory that is about to be overwritten."""
+        with unheard():
+            handle.tensor, handle.version = _copy_of_storage(handle.tensor), None
 
     # ---- saves --------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Any:
         """What autograd holds: a window onto a dropped value, else the tensor and its version."""
         if tensor.layout is torch.strided:
-            found = self._dropped.get(tensor.untyped_storage()._cdata)
-            if found is not None and is_plain(tensor) and self._may_be_made(found[0]):
-                window = Window(found[0], tensor)
-                window.count_versions_of(tensor)
-                found[0].windows.append(weakref.ref(window))
+            if self._writes:
+                self._begin_versions()
+            address = tensor.untyped_storage()._cdata
+            handle = self._dropped.get(address)
+            if handle is not None:
+                if is_plain(tensor) and self._may_be_made(handle):
+                    window = _window_onto(handle, tensor)
+                    self._note_saved(window, tensor)
+                    return window
+            elif self._running is not None and address not in self._running.given:
+                window = Window(_NOTHING_YET, None)
+                self._running.early.append((address, window, tensor))
                 return window
         return _without_graph(tensor), tensor._version
+
+    def _find_handles(self, early: list[tuple[int, Window, Tensor]]) -> None:
+        """Joins what was saved within an op to the handles of its outputs. See Note 3."""
+        for address, window, tensor in early:
+            handle = self._dropped.get(address)
+            if handle is None or not is_plain(tensor) or not self._may_be_made(handle):
+                handle = held(tensor)
+                window.handle, window.counter, window.version = handle, handle.tensor, tensor._version
+                continue
+            window.handle = handle
+            window.geometry = _window_onto(handle, tensor).geometry
+            self._note_saved(window, tensor)
+
+    def _note_saved(self, window: Window, tensor: Tensor) -> None:
+        """From now on a window tells of writes to a saved tensor, without keeping its memory."""
+        kind = tensor.dtype, tensor.device
+        if kind not in self._empties:
+            self._empties[kind] = torch.empty(0, dtype=kind[0], device=kind[1])
+        window.counter, window.version = tensor.detach(), tensor._version
+        window.counter.data = self._empties[kind]
+        window.handle.windows.append(weakref.ref(window))
 
     def _may_be_made(self, handle: Handle) -> bool:
         """Whether what is saved here may be a value that is made again in the backward."""
@@ -465,7 +593,7 @@ class Replayer(TorchDispatchMode):
         with self._lock:
             if packed.handle.tensor is None:
                 self._replay(packed.handle)
-            opened: Tensor = packed.open(packed.handle.tensor)
+            opened: Tensor = packed.open()
             return opened
 
     def _replay(self, handle: Handle) -> None:
@@ -473,17 +601,23 @@ class Replayer(TorchDispatchMode):
         missing = _missing_records(handle)
         self._check_sources(missing)
         passing = _made_in_passing(missing, handle)
-        modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
-        with modes, torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-            while missing:
-                _run_next(missing.pop(), passing)
+        with_gradients = torch.is_grad_enabled()
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), _nobody_told():
+            try:
+                while missing:
+                    record = missing.pop()
+                    _set_grad_enabled(record.has_gradients)
+                    _run_next(record, passing)
+            finally:
+                _set_grad_enabled(with_gradients)
 
     def _check_sources(self, records: Iterable[Record]) -> None:
-        """Refuses to compute from a leaf that was changed since the forward."""
+        """Refuses to compute from what was changed since the forward."""
         for record in records:
             for handle in record.reads:
-                if handle.source is not None and handle.source._version != handle.version:
-                    raise RuntimeError(_modified(self._name_of(handle.source)))
+                if handle.is_modified():
+                    assert handle.tensor is not None
+                    raise RuntimeError(_modified(self._name_of(handle.tensor)))
 
     def _name_of(self, leaf: Tensor) -> str:
         """What a leaf is called in the model."""
@@ -499,6 +633,39 @@ class _Raw:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+_NO_LEVEL = Level()
+_NOTHING_YET = Handle(None, torch.empty(0))
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """How often autograd has counted a write; tensors of inference mode have no counter."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _window_onto(handle: Handle, tensor: Tensor) -> Window:
+    """A window that is like a tensor over the storage of a handle."""
+    geometry = geometry_of(tensor)
+    return Window(handle, None if geometry == handle.geometry else geometry)
+
+
+def _hold_saved(handle: Handle, tensor: Tensor) -> None:
+    """What autograd saved of a version that is overwritten now is the storage itself. See Note 7."""
+    windows = [window for reference in handle.windows if (window := reference()) is not None]
+    if windows:
+        kept = held(tensor)
+        for window in windows:
+            window.move_to(kept)
+        handle.windows.clear()
+
+
+@contextmanager
+def _nobody_told() -> Iterator[None]:
+    """No mode of the user and no forward that is going on sees what runs in the body."""
+    modes = _disable_current_modes() if _len_torch_dispatch_stack() else nullcontext()
+    with modes, unheard() if is_heard() else nullcontext():
+        yield
 
 
 def _run_next(record: Record, passing: Counter[Handle]) -> None:
@@ -518,12 +685,14 @@ def _run_next(record: Record, passing: Counter[Handle]) -> None:
 def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ()) -> Decisions:
     """A plan's values to recompute, arranged for the hot path."""
     found: dict[str, dict[int, dict[int, dict[int, Level]]]] = {}
+    funcs: set[OpOverload] = set()
     for key, level in zip(recomputed, chain(levels, repeat(Level())), strict=False):
         frame, op, nth, output = key
         namespace, name, overload = op.split(".")
         func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        funcs.add(func)
         found.setdefault(frame, {}).setdefault(id(func), {}).setdefault(nth, {})[output] = level
-    return found
+    return Decisions(found, frozenset(funcs))
 
 
 def _made_in_passing(missing: list[Record], target: Handle) -> Counter[Handle]:
@@ -558,28 +727,16 @@ def _without_graph(tensor: Tensor) -> Tensor:
     An output holds the node that is to hold it: a cycle, and a leak where no backward comes by, as in a
     branch the loss does not use.
     """
-    if tensor.grad_fn is None:
-        return tensor
-    if type(tensor) is not Tensor:
-        return tensor.detach()
-    with torch._C._DisableTorchDispatch():  # past the mode it takes 1 us in place of 4
-        return tensor.detach()
-
-
-def _handles_in(items: Iterable[Any]) -> Iterator[Handle]:
-    """The handles that windows among an op's arguments refer to, some maybe twice."""
-    for item in items:
-        if isinstance(item, Window):
-            yield item.handle
-        elif isinstance(item, (list, tuple)):
-            yield from _handles_in(item)
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _opened(item: Any, private: Mapping[Handle, Tensor]) -> Any:
     """Arguments with tensors in place of windows; some over a private copy of their storage."""
-    if isinstance(item, Window):
-        return item.open(private.get(item.handle, item.handle.tensor))
-    if isinstance(item, _Raw):
+    if type(item) is Window:
+        if item.handle in private:
+            return opened(private[item.handle], item.geometry or item.handle.geometry)
+        return item.open()
+    if type(item) is _Raw:
         return item.tensor
     if isinstance(item, (list, tuple)):
         return type(item)(_opened(part, private) for part in item)

@@ -1,0 +1,264 @@
+"""Tells one listener of a thread when chosen ops are called, and of every write; other ops cost nothing.
+
+Note [Spare keys]
+ 1. A dispatch mode is called for each op, and cannot be told which to pass by. A kernel under a dispatch key
+    is called for its op only, and only in threads that have the key included. So there are kernels under two
+    keys that torch has for its own tests and that no tensor carries. For all other ops the keys fall through,
+    which torch works out when kernels are registered, not when ops are called.
+ 2. ``WATCHED`` has kernels for each op whose schema writes to an argument, and for those that write without
+    saying so. Whatever the dispatcher does to a tensor in place comes by: through ``.data``, through views,
+    in C++ and in TorchScript.
+ 3. ``LISTENING`` lies above it and has kernels for the ops that some plan has named. It is included only
+    where the plan may name a call.
+ 4. The keys lie above autograd and autocast. Where autocast or functorch takes a call, it is let through: the
+    call that they make of it comes by as well. Calls made inside another op's kernel, below autograd, are not
+    calls of the model.
+ 5. Kernels stay registered, for the whole process: without the keys they are never run. Ops that come with
+    a later import are looked for when something was imported.
+ 6. The listener is kept in torch's own thread state, which goes along into threads of a backward.
+Sources: ``c10/core/DispatchKey.h``, ``aten/src/ATen/core/dispatch/OperatorEntry.cpp``, ``torch/library.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_tls_is_dispatch_key_excluded as _is_excluded
+from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
+from torch._C import _dispatch_tls_set_dispatch_key_included as _include
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+from torch._ops import OpOverload
+from torch.library import Library, fallthrough_kernel
+
+from memfit.runtime.opinfo import OpInfo, all_writes, is_writer, op_info
+
+
+def _key(name: str) -> Any:
+    """A dispatch key by its name; torch's enumeration leaves some out."""
+    return torch._C._parse_dispatch_key(name)
+
+
+_LISTENER = "memfit.listener"
+_NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper")
+_LISTENING, _WATCHED = (_key(name) for name in _NAMES)
+_ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
+
+
+class PlannedOp(NamedTuple):
+    """An op that a plan has named.
+
+    Attributes:
+        key: What frames count its calls by.
+        call: Runs it, without what ``OpOverload.__call__`` adds.
+    """
+
+    key: int
+    func: OpOverload
+    call: Callable[..., Any]
+    info: OpInfo
+
+
+class Listener(Protocol):
+    """Who is told."""
+
+    def begin_writes(self, tensors: list[Tensor]) -> int:
+        """Some tensors are about to be written to; a number for :meth:`end_writes`."""
+
+    def end_writes(self, begun: int) -> None:
+        """They have been, or the op has raised."""
+
+    def called(
+        self, op: PlannedOp, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A planned op is called; this is to run it."""
+
+
+@contextmanager
+def told(listener: Listener, *, calls: bool) -> Iterator[None]:
+    """The listener is told of every write in the body, and of calls, if wanted: see :func:`listen`."""
+    _kernels().watch_everything()
+    outer = _get_obj_in_tls(_LISTENER) if _is_key_in_tls(_LISTENER) else None
+    with _included({_WATCHED: True, _LISTENING: calls}):
+        _stash_obj_in_tls(_LISTENER, listener)
+        try:
+            yield
+        finally:
+            _stash_obj_in_tls(_LISTENER, outer)
+
+
+def listen(is_on: bool) -> None:
+    """From now on the listener is told, or not told, when a planned op is called."""
+    _include(_LISTENING, is_on)
+
+
+def is_heard() -> bool:
+    """Whether somebody is told what runs now."""
+    return _is_included(_WATCHED)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing in the body is told."""
+    with _included({_WATCHED: False, _LISTENING: False}):
+        yield
+
+
+@contextmanager
+def _included(wanted: dict[Any, bool]) -> Iterator[None]:
+    """Keys are included, or not, in the body."""
+    before = {key: _is_included(key) for key in wanted}
+    for key, is_on in wanted.items():
+        _include(key, is_on)
+    try:
+        yield
+    finally:
+        for key, was_on in before.items():
+            _include(key, was_on)
+
+
+def plan_for(funcs: Iterable[OpOverload]) -> None:
+    """Makes sure that calls of these ops can be told of."""
+    _kernels().listen_to(funcs)
+
+
+@cache
+def _kernels() -> _Kernels:
+    """What is registered, for the whole process. See Note 5."""
+    return _Kernels()
+
+
+class _Kernels:
+    """The kernels under the two keys."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._libraries: dict[tuple[str, str], Library] = {}
+        self._known: set[str] = set()
+        self._listened: set[OpOverload] = set()
+        self._imported = (0, 0)
+        for key in _NAMES:
+            self._library("_", key).fallback(fallthrough_kernel)
+
+    def _library(self, namespace: str, key: str) -> Library:
+        """Where kernels of a namespace are registered under a key; they last as long as it does."""
+        if (namespace, key) not in self._libraries:
+            self._libraries[namespace, key] = Library(namespace, "IMPL", key)
+        return self._libraries[namespace, key]
+
+    def watch_everything(self) -> None:
+        """Registers kernels for the ops that write, those registered since the last time too."""
+        imported = len(sys.modules), len(torch.library._defs)
+        if imported == self._imported:
+            return
+        with self._lock:
+            for name in torch._C._dispatch_get_all_op_names():
+                if name not in self._known:
+                    self._known.add(name)
+                    base, _, overload = name.partition(".")
+                    handle = torch._C._dispatch_find_schema_or_throw(base, overload)
+                    if is_writer(handle.schema()):
+                        self._register(name, _NAMES[1], _watching(base, overload))
+            self._imported = imported
+
+    def listen_to(self, funcs: Iterable[OpOverload]) -> None:
+        """Registers kernels for the ops that a plan names."""
+        with self._lock:
+            for func in set(funcs) - self._listened:
+                base, overload = func._schema.name, func._schema.overload_name
+                self._register(f"{base}.{overload}" if overload else base, _NAMES[0], _listening(func))
+                self._listened.add(func)
+
+    def _register(self, name: str, key: str, kernel: Callable[..., Any]) -> None:
+        namespace, _, op = name.partition("::")
+        self._library(namespace, key).impl(op, kernel, with_keyset=True)
+
+
+def _watching(base: str, overload: str) -> Callable[..., Any]:
+    """The kernel of an op that writes. What it writes in turn is not told: it is declared, or its own."""
+    after = torch._C._dispatch_keyset_full_after(_WATCHED)
+    elsewhere = _taken_elsewhere()
+    op: PlannedOp | None = None
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal op
+        if op is None:  # the most will never be called
+            namespace, _, name = base.partition("::")
+            op = _op(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default"))
+        if keyset.raw_repr() & elsewhere:
+            return _passed_on(op, _WATCHED, keyset & after, *args, **kwargs)
+        _include(_WATCHED, False)
+        try:
+            if _is_excluded(_ABOVE_KERNELS) or not (written := all_writes(op.info, args, kwargs)):
+                return op.call(*args, **kwargs)
+            listener = _get_obj_in_tls(_LISTENER)
+            begun = listener.begin_writes(written)
+            try:
+                return op.call(*args, **kwargs)
+            finally:
+                listener.end_writes(begun)
+        finally:
+            _include(_WATCHED, True)
+
+    return kernel
+
+
+def _listening(func: OpOverload) -> Callable[..., Any]:
+    """The kernel of an op that a plan has named. See Note 4."""
+    after = torch._C._dispatch_keyset_full_after(_LISTENING)
+    elsewhere = _taken_elsewhere()
+    op = _op(func)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if keyset.raw_repr() & elsewhere:
+            return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
+        _include(_LISTENING, False)
+        try:
+            if _is_excluded(_ABOVE_KERNELS):
+                return op.call(*args, **kwargs)
+            return _get_obj_in_tls(_LISTENER).called(op, op.call, args, kwargs)
+        finally:
+            _include(_LISTENING, True)
+
+    def kernel_in_place(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """For one that writes autograd may call others, such as a clone of what it overwrites."""
+        call = partial(_passed_on, op, _LISTENING, keyset & after)
+        if keyset.raw_repr() & elsewhere or _is_excluded(_ABOVE_KERNELS):
+            return call(*args, **kwargs)
+        return _get_obj_in_tls(_LISTENER).called(op, call, args, kwargs)
+
+    return kernel_in_place if op.info.written else kernel
+
+
+def _passed_on(op: PlannedOp, key: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs an op with the keys that are left; calls that are made for it above its kernel are told.
+
+    A number in the place of a tensor is taken only by a call from the start, which then is not told.
+    """
+    for position in op.info.tensor_positions:
+        if position < len(args) and isinstance(args[position], (int, float, complex)):
+            with _included({key: False}):
+                return op.call(*args, **kwargs)
+    return op.func._handle.redispatch_boxed(keys, *args, **kwargs)
+
+
+def _op(func: OpOverload) -> PlannedOp:
+    return PlannedOp(id(func), func, func._op, op_info(func))
+
+
+@cache
+def _taken_elsewhere() -> int:
+    """The keys of autocast and functorch, as bits: who has one of these calls the op once more."""
+    names = [name for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")]
+    names += ["AutocastMTIA", "AutocastXLA", "FuncTorchDynamicLayerFrontMode", "FuncTorchBatched"]
+    names += ["FuncTorchGradWrapper", "FuncTorchVmapMode", "Batched", "VmapMode"]
+    bits = 0
+    for name in names:
+        bits |= torch._C.DispatchKeySet(_key(name)).raw_repr()
+    return bits
