@@ -12,10 +12,13 @@ Note [Spare keys]
     where the plan may name a call.
  4. The keys lie above autograd and autocast. Where autocast or functorch takes a call, it is let through: the
     call that they make of it comes by as well. Calls made inside another op's kernel, below autograd, are not
-    calls of the model.
+    calls of the model. Those of factories (``torch.rand_like``) cannot be told from calls of the model, which
+    Python makes below autograd, too.
  5. Kernels stay registered, for the whole process: without the keys they are never run. Ops that come with
     a later import are looked for when something was imported.
- 6. The listener is kept in torch's own thread state, which goes along into threads of a backward.
+ 6. Attention and ``linear`` add a mask or bias in place, but out of place where a dispatch mode looks on, as
+    one did while the step was recorded. Where a plan names that sum they are shown one that does nothing.
+ 7. The listener is kept in torch's own thread state, which goes along into threads of a backward.
 Sources: ``c10/core/DispatchKey.h``, ``aten/src/ATen/core/dispatch/OperatorEntry.cpp``, ``torch/library.py``.
 """
 
@@ -32,10 +35,19 @@ import torch
 from torch import Tensor
 from torch._C import _dispatch_tls_is_dispatch_key_excluded as _is_excluded
 from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
+from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 from torch._C import _dispatch_tls_set_dispatch_key_included as _include
-from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+from torch._C import (
+    _get_obj_in_tls,
+    _is_key_in_tls,
+    _len_torch_dispatch_stack,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+    _stash_obj_in_tls,
+)
 from torch._ops import OpOverload
 from torch.library import Library, fallthrough_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.runtime.opinfo import OpInfo, all_writes, is_writer, op_info
 
@@ -49,6 +61,17 @@ _LISTENER = "memfit.listener"
 _NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper")
 _LISTENING, _WATCHED = (_key(name) for name in _NAMES)
 _ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
+_OF_MODES = (_key("Python"), _key("PythonTLSSnapshot"))
+_ADD = torch.ops.aten.add.Tensor
+_LOOK_FOR_MODES = (torch.ops.aten.linear.default, torch.ops.aten._scaled_dot_product_attention_math.default)
+
+
+class _Onlooker(TorchDispatchMode):
+    """A mode that is there, and is called for nothing but to copy a tensor's metadata."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the op."""
+        return func(*args, **(kwargs or {}))
 
 
 class PlannedOp(NamedTuple):
@@ -78,6 +101,9 @@ class Listener(Protocol):
         self, op: PlannedOp, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A planned op is called; this is to run it."""
+
+    def names(self, key: int) -> bool:
+        """Whether the plan names an op, by its key, where the model is now."""
 
 
 @contextmanager
@@ -169,11 +195,16 @@ class _Kernels:
 
     def listen_to(self, funcs: Iterable[OpOverload]) -> None:
         """Registers kernels for the ops that a plan names."""
+        new = set(funcs) - self._listened
+        if not new:
+            return
         with self._lock:
-            for func in set(funcs) - self._listened:
-                base, overload = func._schema.name, func._schema.overload_name
-                self._register(f"{base}.{overload}" if overload else base, _NAMES[0], _listening(func))
+            for func in new - self._listened:
+                self._register(_name(func), _NAMES[0], _listening(func))
                 self._listened.add(func)
+            if _ADD in new:
+                for func in set(_LOOK_FOR_MODES) - self._listened:
+                    self._register(_name(func), _NAMES[0], _showing_a_mode(func))
 
     def _register(self, name: str, key: str, kernel: Callable[..., Any]) -> None:
         namespace, _, op = name.partition("::")
@@ -209,6 +240,25 @@ def _watching(base: str, overload: str) -> Callable[..., Any]:
     return kernel
 
 
+def _showing_a_mode(func: OpOverload) -> Callable[..., Any]:
+    """The kernel of an op that adds in another way where there is a dispatch mode. See Note 6."""
+    after = torch._C._dispatch_keyset_full_after(_LISTENING)
+    op = _op(func)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        is_shown = _len_torch_dispatch_stack() > 0
+        if is_shown or not _get_obj_in_tls(_LISTENER).names(id(_ADD)):
+            return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
+        _push_on_torch_dispatch_stack(_Onlooker())  # type: ignore[no-untyped-call]
+        try:
+            with _included(dict.fromkeys(_OF_MODES, False)):
+                return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
+        finally:
+            _pop_torch_dispatch_stack(None)
+
+    return kernel
+
+
 def _listening(func: OpOverload) -> Callable[..., Any]:
     """The kernel of an op that a plan has named. See Note 4."""
     after = torch._C._dispatch_keyset_full_after(_LISTENING)
@@ -233,7 +283,32 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
             return call(*args, **kwargs)
         return _get_obj_in_tls(_LISTENER).called(op, call, args, kwargs)
 
+    def kernel_of_factory(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Below autograd, where Python calls it, no version would be counted of what is held."""
+        was_excluded = _is_excluded(_ABOVE_KERNELS)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _exclude(_ABOVE_KERNELS, was_excluded)
+            return op.call(*args, **kwargs)
+
+        _include(_LISTENING, False)
+        _exclude(_ABOVE_KERNELS, False)
+        try:
+            out = _get_obj_in_tls(_LISTENER).called(op, call, args, kwargs)
+        finally:
+            _exclude(_ABOVE_KERNELS, was_excluded)
+            _include(_LISTENING, True)
+        return out
+
+    if _is_factory(func):
+        return kernel_of_factory
     return kernel_in_place if op.info.written else kernel
+
+
+def _is_factory(func: OpOverload) -> bool:
+    """Whether an op makes a tensor of given type and place, and is called by Python below autograd."""
+    names = {argument.name for argument in func._schema.arguments}
+    return "pin_memory" in names and "copy" not in func._schema.name
 
 
 def _passed_on(op: PlannedOp, key: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
@@ -246,6 +321,12 @@ def _passed_on(op: PlannedOp, key: Any, keys: Any, *args: Any, **kwargs: Any) ->
             with _included({key: False}):
                 return op.call(*args, **kwargs)
     return op.func._handle.redispatch_boxed(keys, *args, **kwargs)
+
+
+def _name(func: OpOverload) -> str:
+    """What the dispatcher calls an op."""
+    overload = func._schema.overload_name
+    return f"{func._schema.name}.{overload}" if overload else str(func._schema.name)
 
 
 def _op(func: OpOverload) -> PlannedOp:

@@ -228,8 +228,8 @@ class Record:
         "writes",
     )
 
-    def __init__(self, order: int, op: PlannedOp) -> None:
-        self.order = order
+    def __init__(self, op: PlannedOp) -> None:
+        self.order = 0
         self.func: Callable[..., Any] = op.func
         self.info = op.info
         self.arguments: list[Any] = []
@@ -375,6 +375,11 @@ class Replayer:
                 return self._run_recorded(op, call, args, kwargs, dropped)
         return call(*args, **kwargs)
 
+    def names(self, key: int) -> bool:
+        """Whether the plan names an op in this frame."""
+        decisions = self._sites.current.decisions
+        return decisions is not None and key in decisions
+
     def _run_recorded(
         self,
         op: PlannedOp,
@@ -403,6 +408,8 @@ class Replayer:
             out = call(*args, **kwargs)
         finally:
             self._running = outer
+        record.order = self._order  # after those of calls that autograd has made for it
+        self._order += 1
         self._make_handles(record, [*written, *all_in(out)], dropped, is_blank=makes_blank(info, written))
         if running.early:
             self._find_handles(running.early)
@@ -412,8 +419,7 @@ class Replayer:
         self, op: PlannedOp, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
     ) -> Record:
         """What it takes to run a call again, as it is now."""
-        record = Record(self._order, op)
-        self._order += 1
+        record = Record(op)
         if written:
             record.writes = [self._dropped[_address(tensor)] for tensor in written]
         record.statistics = statistics = written_statistics(op.info, args)
