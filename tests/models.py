@@ -27,7 +27,7 @@ from memfit.core.plan import find_plan
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
 from memfit.errors import InfeasibleBudget
-from memfit.runtime import count, replay
+from memfit.runtime import count, handles
 from memfit.runtime.batch import split
 from memfit.runtime.meter import PeakMeter, resident_bytes
 from memfit.runtime.micro import Weighed
@@ -705,13 +705,13 @@ def plans_of(graph: StepGraph) -> Iterator[tuple[str, list[ValueKey]]]:
 def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets the name of every op that is replayed."""
     seen: list[str] = []
-    run = replay.Record.run
+    run = handles.Record.run
 
-    def counted(self: replay.Record, passing: Counter[replay.Handle]) -> None:
+    def counted(self: handles.Record, passing: Counter[handles.Handle] | None) -> None:
         seen.append(str(self.func))
         run(self, passing)
 
-    monkeypatch.setattr(replay.Record, "run", counted)
+    monkeypatch.setattr(handles.Record, "run", counted)
     return seen
 
 

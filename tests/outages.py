@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memfit
-from memfit.runtime import replay
+from memfit.runtime import handles
 from memfit.runtime.meter import lift_hard_cap, set_hard_cap
 from memfit.runtime.rescue import is_out_of_memory
 
@@ -202,19 +202,19 @@ def _place() -> str:
 @contextmanager
 def outage_in_replay(nth: int, error: Exception, places: list[str]) -> Iterator[None]:
     """Raises in the n-th replay of an op, which dispatch modes do not see."""
-    run, left = replay.Record.run, iter(range(nth, -1, -1))
+    run, left = handles.Record.run, iter(range(nth, -1, -1))
 
-    def failing(self: replay.Record, *args: Any) -> None:
+    def failing(self: handles.Record, *args: Any) -> None:
         if next(left, None) == 0:
             places.append("replay")
             raise error
         run(self, *args)
 
-    replay.Record.run = failing  # type: ignore[assignment, method-assign]
+    handles.Record.run = failing  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        replay.Record.run = run  # type: ignore[method-assign]
+        handles.Record.run = run  # type: ignore[method-assign]
 
 
 S = TypeVar("S", bound=Callable[[Any], Tensor])

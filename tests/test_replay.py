@@ -22,7 +22,7 @@ import memfit
 from memfit.core.graph import Level
 from memfit.core.timeline import droppable
 from memfit.core.timeline import run as simulate_run
-from memfit.runtime import opinfo, replay
+from memfit.runtime import handles, opinfo
 from memfit.runtime.intercept import is_heard
 from memfit.runtime.meter import PeakMeter
 from memfit.runtime.replay import Replayer, decisions_of
@@ -152,13 +152,13 @@ def test_a_replay_that_failed_can_be_tried_again(in_levels: bool, monkeypatch: p
     torch.manual_seed(11)
     with Replayer(twin, decisions_of([graph.value_key(v) for v in levels], list(levels.values()))):
         loss = case.loss(twin, batch)
-    run = replay.Record.run
+    run = handles.Record.run
     failures: list[Any] = []
 
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise MemoryError("no more")
 
-    def failing(self: replay.Record, passing: Counter[replay.Handle]) -> None:
+    def failing(self: handles.Record, passing: Counter[handles.Handle] | None) -> None:
         func = self.func
         if self.seed is not None and not failures:
             failures.append(func)
@@ -168,7 +168,7 @@ def test_a_replay_that_failed_can_be_tried_again(in_levels: bool, monkeypatch: p
         finally:
             self.func = func
 
-    monkeypatch.setattr(replay.Record, "run", failing)
+    monkeypatch.setattr(handles.Record, "run", failing)
     with pytest.raises(MemoryError, match="no more"):
         torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True, allow_unused=True)
     loss.backward()
@@ -227,19 +227,19 @@ def test_the_comparison_can_fail() -> None:
 
 
 def test_a_replay_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = replay.Record.run
+    run = handles.Record.run
 
-    def wrong(self: replay.Record, passing: Counter[replay.Handle]) -> None:
-        handles = [reference() for _, reference in self.outputs]
+    def wrong(self: handles.Record, passing: Counter[handles.Handle] | None) -> None:
+        wanted = [reference() for _, reference in self.outputs]
         run(self, passing)
-        for handle in handles:
+        for handle in wanted:
             if handle is not None and handle.tensor is not None and handle.tensor.is_floating_point():
                 handle.tensor.mul_(1.5)
 
     case = CASES["saved_inputs_and_outputs"]
     model, batch = case.model(), case.batch()
     graph = recorded(model, case.loss, batch)
-    monkeypatch.setattr(replay.Record, "run", wrong)
+    monkeypatch.setattr(handles.Record, "run", wrong)
     replayed = step_outcome(model, case.loss, batch, keys(graph, droppable(graph)))
     assert differences(step_outcome(model, case.loss, batch), replayed)
 
@@ -482,32 +482,32 @@ def test_a_budget_that_does_not_bind_listens_to_nothing(monkeypatch: pytest.Monk
 
 
 def test_nothing_stays_alive_after_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    handles: list[weakref.ref[Any]] = []
+    made: list[weakref.ref[Any]] = []
     records: list[weakref.ref[Any]] = []
-    make_handle, make_record = replay.Handle.__init__, replay.Record.__init__
+    make_handle, make_record = handles.Handle.__init__, handles.Record.__init__
 
-    def handle_made(self: replay.Handle, *args: Any) -> None:
+    def handle_made(self: handles.Handle, *args: Any) -> None:
         make_handle(self, *args)
-        handles.append(weakref.ref(self))
+        made.append(weakref.ref(self))
 
-    def record_made(self: replay.Record, *args: Any) -> None:
+    def record_made(self: handles.Record, *args: Any) -> None:
         make_record(self, *args)
         records.append(weakref.ref(self))
 
-    monkeypatch.setattr(replay.Handle, "__init__", handle_made)
-    monkeypatch.setattr(replay.Record, "__init__", record_made)
+    monkeypatch.setattr(handles.Handle, "__init__", handle_made)
+    monkeypatch.setattr(handles.Record, "__init__", record_made)
     case = CASES["in_place_chain"]
     model, batch = case.model(), case.batch()
     gc.disable()
     try:
         with everything_dropped(model, case.loss, batch):
             loss = case.loss(model, batch)
-        assert any(handle() for handle in handles)
+        assert any(handle() for handle in made)
         loss.backward()
-        assert not [r for r in [*handles, *records] if r() is not None]
+        assert not [r for r in [*made, *records] if r() is not None]
     finally:
         gc.enable()
-    assert handles
+    assert made
     assert records
 
 
@@ -530,13 +530,14 @@ def test_dropped_memory_is_gone_between_forward_and_backward() -> None:
 
 def test_an_in_place_replay_takes_over_what_nobody_else_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Tensor] = []
-    copy_of = replay._copy_of_storage
+    copy_of = handles.copy_of_storage
 
-    def counted(tensor: Tensor) -> Tensor:
+    def counted(tensor: Tensor | None) -> Tensor:
+        assert tensor is not None
         copies.append(tensor)
         return copy_of(tensor)
 
-    monkeypatch.setattr(replay, "_copy_of_storage", counted)
+    monkeypatch.setattr(handles, "copy_of_storage", counted)
 
     def body(m: Any, x: Tensor) -> Any:
         h = m.lin(x) * 2
