@@ -16,8 +16,7 @@ Note [Spare keys]
     Python makes below autograd, too.
  5. Kernels stay registered, for the whole process: without the keys they are never run. Ops that come with
     a later import are looked for when something was imported.
- 6. Attention and ``linear`` add a mask or bias in place, but out of place where a dispatch mode looks on, as
-    one did while the step was recorded. Where a plan names that sum they are shown one that does nothing.
+ 6. ``RECORDING`` has kernels for a few composite ops, for who records a step (``runtime/record.py``).
  7. The listener is kept in torch's own thread state, which goes along into threads of a backward.
 Sources: ``c10/core/DispatchKey.h``, ``aten/src/ATen/core/dispatch/OperatorEntry.cpp``, ``torch/library.py``.
 """
@@ -37,17 +36,9 @@ from torch._C import _dispatch_tls_is_dispatch_key_excluded as _is_excluded
 from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
 from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 from torch._C import _dispatch_tls_set_dispatch_key_included as _include
-from torch._C import (
-    _get_obj_in_tls,
-    _is_key_in_tls,
-    _len_torch_dispatch_stack,
-    _pop_torch_dispatch_stack,
-    _push_on_torch_dispatch_stack,
-    _stash_obj_in_tls,
-)
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 from torch._ops import OpOverload
 from torch.library import Library, fallthrough_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.runtime.opinfo import OpInfo, all_writes, is_writer, op_info
 
@@ -57,21 +48,11 @@ def _key(name: str) -> Any:
     return torch._C._parse_dispatch_key(name)
 
 
-_LISTENER = "memfit.listener"
-_NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper")
-_LISTENING, _WATCHED = (_key(name) for name in _NAMES)
+_LISTENER, _RECORDER = "memfit.listener", "memfit.recorder"
+_NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper", "DeferredInit")
+_LISTENING, _WATCHED, _RECORDING = (_key(name) for name in _NAMES)
 _ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
 _OF_MODES = (_key("Python"), _key("PythonTLSSnapshot"))
-_ADD = torch.ops.aten.add.Tensor
-_LOOK_FOR_MODES = (torch.ops.aten.linear.default, torch.ops.aten._scaled_dot_product_attention_math.default)
-
-
-class _Onlooker(TorchDispatchMode):
-    """A mode that is there, and is called for nothing but to copy a tensor's metadata."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the op."""
-        return func(*args, **(kwargs or {}))
 
 
 class PlannedOp(NamedTuple):
@@ -102,9 +83,6 @@ class Listener(Protocol):
     ) -> Any:
         """A planned op is called; this is to run it."""
 
-    def names(self, key: int) -> bool:
-        """Whether the plan names an op, by its key, where the model is now."""
-
 
 @contextmanager
 def told(listener: Listener, *, calls: bool) -> Iterator[None]:
@@ -117,6 +95,18 @@ def told(listener: Listener, *, calls: bool) -> Iterator[None]:
             yield
         finally:
             _stash_obj_in_tls(_LISTENER, outer)
+
+
+@contextmanager
+def told_of_composites(around: Callable[..., Any], funcs: Iterable[OpOverload]) -> Iterator[None]:
+    """Calls of some composite ops in the body go through ``around(call, *args, **kwargs)``."""
+    _kernels().announce(funcs)
+    with _included({_RECORDING: True}):
+        _stash_obj_in_tls(_RECORDER, around)
+        try:
+            yield
+        finally:
+            _stash_obj_in_tls(_RECORDER, None)
 
 
 def listen(is_on: bool) -> None:
@@ -168,6 +158,7 @@ class _Kernels:
         self._libraries: dict[tuple[str, str], Library] = {}
         self._known: set[str] = set()
         self._listened: set[OpOverload] = set()
+        self._announced: set[OpOverload] = set()
         self._imported = (0, 0)
         for key in _NAMES:
             self._library("_", key).fallback(fallthrough_kernel)
@@ -202,9 +193,13 @@ class _Kernels:
             for func in new - self._listened:
                 self._register(_name(func), _NAMES[0], _listening(func))
                 self._listened.add(func)
-            if _ADD in new:
-                for func in set(_LOOK_FOR_MODES) - self._listened:
-                    self._register(_name(func), _NAMES[0], _showing_a_mode(func))
+
+    def announce(self, funcs: Iterable[OpOverload]) -> None:
+        """Registers kernels for composite ops."""
+        with self._lock:
+            for func in set(funcs) - self._announced:
+                self._register(_name(func), _NAMES[2], _announcing(func))
+                self._announced.add(func)
 
     def _register(self, name: str, key: str, kernel: Callable[..., Any]) -> None:
         namespace, _, op = name.partition("::")
@@ -236,25 +231,6 @@ def _watching(base: str, overload: str) -> Callable[..., Any]:
                 listener.end_writes(begun)
         finally:
             _include(_WATCHED, True)
-
-    return kernel
-
-
-def _showing_a_mode(func: OpOverload) -> Callable[..., Any]:
-    """The kernel of an op that adds in another way where there is a dispatch mode. See Note 6."""
-    after = torch._C._dispatch_keyset_full_after(_LISTENING)
-    op = _op(func)
-
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        is_shown = _len_torch_dispatch_stack() > 0
-        if is_shown or not _get_obj_in_tls(_LISTENER).names(id(_ADD)):
-            return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
-        _push_on_torch_dispatch_stack(_Onlooker())  # type: ignore[no-untyped-call]
-        try:
-            with _included(dict.fromkeys(_OF_MODES, False)):
-                return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
-        finally:
-            _pop_torch_dispatch_stack(None)
 
     return kernel
 
@@ -303,6 +279,18 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
     if _is_factory(func):
         return kernel_of_factory
     return kernel_in_place if op.info.written else kernel
+
+
+def _announcing(func: OpOverload) -> Callable[..., Any]:
+    """The kernel of a composite op, for who records."""
+    after = torch._C._dispatch_keyset_full_after(_RECORDING)
+    op = _op(func)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        call = partial(_passed_on, op, _RECORDING, keyset & after)
+        return _get_obj_in_tls(_RECORDER)(call, *args, **kwargs)
+
+    return kernel
 
 
 def _is_factory(func: OpOverload) -> bool:

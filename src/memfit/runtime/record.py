@@ -21,7 +21,9 @@ Note [Recording]
     is one op too where it is one node; the saves it unpacks are there before it.
  9. What is communicated with other processes is never replayed, nor what is wanted where a replay of it has
     no parameters (``core/barriers.py``).
-10. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
+10. Attention and ``linear`` add a mask or bias in place, but out of place where a dispatch mode looks on. The
+    recording is mended: such a sum is noted as the write in place that a step without a mode does.
+11. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ from memfit.core.graph import (
 from memfit.errors import UnsupportedModel
 from memfit.runtime.callsite import CallSites
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, stepped_aside, unwritten
+from memfit.runtime.intercept import told_of_composites
 from memfit.runtime.opinfo import (
     OpInfo,
     declared_writes,
@@ -73,7 +76,8 @@ from memfit.runtime.opinfo import (
 from memfit.runtime.preserve import gradients_of_others
 from memfit.runtime.probe import OpCost, Probe
 
-_ADD = torch.ops.aten.add.Tensor
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+_SUM_IN_PLACE = (torch.ops.aten.linear.default, torch.ops.aten._scaled_dot_product_attention_math.default)
 _RENORM = (
     torch.ops.aten.embedding_renorm_.default
 )  # rows longer than max_norm: doing it again changes nothing
@@ -154,6 +158,8 @@ class Recorder(TorchDispatchMode):
         self.place = ""
         self.numbers: dict[int, int] = {}
         self.owning_sums: set[int] = set()
+        self.sums_in_place: set[int] = set()
+        self._summing = False
         self.blank_ops: list[int] = []
         self.overwriting_ops: set[int] = set()
         self.hidden: dict[int, int] = {}
@@ -176,7 +182,8 @@ class Recorder(TorchDispatchMode):
         info = op_info(func)
         if self._paused or info.is_invisible or info.is_view:
             return func(*args, **kwargs)
-        key = self._key(func)
+        is_sum = func is _ADD and self._is_sum_in_place(args)
+        key = self._key(_ADD_IN_PLACE if is_sum else func)
         for tensor in tensors_in([*args, *kwargs.values()]):
             if _address(tensor) not in self._alive:
                 self._appear(tensor)
@@ -187,8 +194,35 @@ class Recorder(TorchDispatchMode):
         if self.is_forward and written:
             self._note_writes(func, written)
         out = self._probe.call(func, args, kwargs)
-        self._note(func, info, key, inputs, written, out, args, kwargs)
+        if is_sum:
+            self.sums_in_place.add(len(self.ops))
+            self._take_over(args[0], out)
+            func, written = _ADD_IN_PLACE, [out]
+        self._note(func, op_info(func), key, inputs, written, out, args, kwargs)
         return out
+
+    def summing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs an op in which sums are in place. See Note 10."""
+        self._summing = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._summing = False
+
+    def _is_sum_in_place(self, args: tuple[Any, ...]) -> bool:
+        """Whether the sum about to run takes over its first operand in a step without a mode. See Note 10."""
+        if not self._summing or not self.is_forward or not all(isinstance(t, Tensor) for t in args):
+            return False
+        into, other = args
+        is_alike = into.dtype == other.dtype and torch.broadcast_shapes(into.shape, other.shape) == into.shape
+        return is_alike and self._alive.get(_address(into), _EXTERNAL) in self._current
+
+    def _take_over(self, operand: Tensor, out: Tensor) -> None:
+        """The storage of an operand lives on as that of the result."""
+        address = _address(operand)
+        storage = self._alive.pop(address)
+        del self._watchers[address]
+        self._remember(out, storage)
 
     def watch(self, model: nn.Module) -> None:
         """Parameters to put back if the forward writes to them, through ``p.data`` too."""
@@ -546,7 +580,7 @@ def record(
         externals: Every tensor that is alive before the step: parameters, buffers, the batch.
         probe: Runs each op and measures it.
         gradients_resident: Whether ``.grad`` exists already; only noted in the graph.
-        hold_saved: Keep saved tensors as a plain step does, see Note 9.
+        hold_saved: Keep saved tensors as a plain step does, see Note 11.
     """
     with CallSites[None](model) as sites, _no_collection():
         recorder = Recorder(sites, probe, hold_saved=hold_saved)
@@ -555,6 +589,7 @@ def record(
         try:
             with probe:
                 with (
+                    told_of_composites(recorder.summing, _SUM_IN_PLACE),
                     entered(sites.regions, recorder.around),
                     saves_through(sites.regions, recorder.pack, recorder.unpack),
                     recorder,
@@ -631,6 +666,8 @@ def _finish(
     recorder.log += [
         LogEntry(LogKind.FREE, recorder.ops[op].allocates[-1]) for op in recorder.numbers if op < forward_ops
     ]
+    for index in recorder.sums_in_place:
+        costs[index] = costs[index]._replace(peak_bytes=0 if costs[index].peak_bytes is not None else None)
     _note_hidden(recorder, costs)
     kept = _must_be_kept(recorder)
     ops = [

@@ -203,11 +203,6 @@ class Replayer:
                 return self._run_recorded(op, call, args, kwargs, dropped)
         return call(*args, **kwargs)
 
-    def names(self, key: int) -> bool:
-        """Whether the plan names an op in this frame."""
-        decisions = self._sites.current.decisions
-        return decisions is not None and key in decisions
-
     def _run_recorded(
         self,
         op: PlannedOp,
