@@ -246,17 +246,17 @@ class Replayer:
         """What it takes to run a call again, as it is now."""
         record = Record(op)
         reads: dict[Handle, None] = {}
-        record.arguments = arguments = [self._stand_in(item, reads) for item in args]
+        statistics = written_statistics(op.info, args)
+        if statistics:
+            record.statistics, record.is_flat = statistics, False
+            args = tuple(Raw(item) if i in statistics else item for i, item in enumerate(args))
+        record.arguments = [self._stand_in(item, reads, record) for item in args]
         if kwargs:
-            record.keywords = {name: self._stand_in(value, reads) for name, value in kwargs.items()}
-            record.is_flat = not all_in([*kwargs.values()])
+            record.keywords = {name: self._stand_in(value, reads, record) for name, value in kwargs.items()}
+            record.is_flat = record.is_flat and not all_in([*kwargs.values()])
         if written:
             record.writes = [self._dropped[_address(tensor)] for tensor in written]
-        statistics = written_statistics(op.info, args)
-        for position in statistics:
-            arguments[position] = Raw(args[position])
-        if written or statistics or any(type(item) in _LISTS for item in arguments):
-            record.statistics, record.is_flat = statistics, False
+            record.is_flat = False
         record.reads = tuple(reads)
         reference = weakref.ref(record)
         for handle in reads:
@@ -309,14 +309,15 @@ class Replayer:
                 self._dropped[block._cdata] = handle
                 self._pins.append(block._weak_ref())  # type: ignore[arg-type]  # keeps the address
 
-    def _stand_in(self, item: Any, reads: dict[Handle, None]) -> Any:
+    def _stand_in(self, item: Any, reads: dict[Handle, None], record: Record) -> Any:
         """An argument with windows in place of tensors; their handles are noted."""
         if isinstance(item, Tensor):
             window = self._window(item)
             reads[window.handle] = None
             return window
-        if type(item) in _LISTS:
-            return type(item)(self._stand_in(part, reads) for part in item)
+        if type(item) in _LISTS and all_in(item):
+            record.is_flat = False
+            return type(item)(self._stand_in(part, reads, record) for part in item)
         return item
 
     def _window(self, tensor: Tensor) -> Window:

@@ -1,0 +1,208 @@
+"""What memfit is told of while a forward runs: every write, calls of planned ops, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memfit.core.timeline import droppable
+from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard
+from memfit.runtime.replay import Replayer, decisions_of
+from models import CASES, WIDTH, ZOO, Net, assert_same, floats, keys, plans_of, recorded, square_loss
+from models import step_outcome as outcome
+
+
+class Listening:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.writes: list[Tensor] = []
+        self.ended = 0
+        self.calls: list[str] = []
+        self.types: list[torch.dtype] = []
+
+    def begin_writes(self, tensors: list[Tensor]) -> int:
+        self.writes += tensors
+        return len(self.writes)
+
+    def end_writes(self, begun: int) -> None:
+        self.ended += 1
+
+    def called(
+        self, op: PlannedOp, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.calls.append(str(op.func))
+        self.types += [item.dtype for item in args if isinstance(item, Tensor)][:1]
+        return call(*args, **kwargs)
+
+
+def _same_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _scripted(x: Tensor) -> object:
+    compiled: Any = torch.jit.CompilationUnit("def write(x):\n    return x.add_(1.0)\n")
+    return compiled.write(x)
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda x: x.add_(1.0),
+    "through a view": lambda x: x[1:].t().zero_(),
+    "through data": lambda x: x.data.mul_(2.0),
+    "through detach": lambda x: x.detach().fill_(3.0),
+    "by index": lambda x: x.__setitem__(torch.tensor([0, 2]), 7.0),
+    "by out": lambda x: torch.sin(torch.ones(4, 4), out=x),
+    "in a list": lambda x: torch._foreach_add_([x], 1.0),
+    "in TorchScript": _scripted,
+    "by a composite op": lambda x: torch.nn.functional.dropout(x, 0.5, inplace=True),
+    "in inference mode": lambda x: _in_inference_mode(x),
+    "undeclared": lambda x: torch.batch_norm(
+        torch.randn(3, 4), None, None, x[0], torch.ones(4), True, 0.1, 1e-5, False
+    ),
+}
+
+
+def _in_inference_mode(x: Tensor) -> None:
+    with torch.inference_mode():
+        x.add_(1.0)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_is_told_however_it_is_made(name: str) -> None:
+    listener, x = Listening(), torch.full((4, 4), 0.25)
+    with told(listener, calls=False):
+        WRITES[name](x)
+    assert any(_same_storage(tensor, x) for tensor in listener.writes)
+    assert listener.ended
+    assert not torch.equal(x, torch.full((4, 4), 0.25))
+
+
+def test_a_write_by_an_op_that_came_with_a_later_import_is_told() -> None:
+    with told(Listening(), calls=False):  # looks for the ops there are
+        pass
+    library = torch.library.Library("memfit_test", "FRAGMENT")
+    library.define("late_(Tensor(a!) x) -> ()")
+    library.impl("late_", lambda x: None, "CPU")
+    listener, x = Listening(), torch.zeros(3)
+    with told(listener, calls=False):
+        torch.ops.memfit_test.late_(x)
+    assert any(_same_storage(tensor, x) for tensor in listener.writes)
+
+
+def test_an_op_that_no_plan_names_is_not_told() -> None:
+    plan_for([torch.ops.aten.sin.default])
+    listener = Listening()
+    with told(listener, calls=True):
+        (torch.ones(2).cos() + 1).view(2, 1).sin().sum()
+        with unheard():
+            torch.ones(2).sin()
+        listen(False)
+        torch.ones(2).sin()
+    assert listener.calls == ["aten.sin.default"]
+    assert listener.writes == []
+    torch.ones(2).sin()
+    assert listener.calls == ["aten.sin.default"]
+
+
+def test_a_call_that_autocast_or_vmap_takes_is_told_once_as_the_kernel_sees_it() -> None:
+    plan_for([torch.ops.aten.mm.default, torch.ops.aten.sin.default, torch.ops.aten.mul.Tensor])
+    listener = Listening()
+    with told(listener, calls=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+        assert listener.calls == ["aten.mm.default"]
+        assert listener.types == [torch.bfloat16]
+        doubled = torch.vmap(lambda x: x.sin() * 2)(torch.ones(3, 2))
+    assert torch.equal(doubled, torch.ones(3, 2).sin() * 2)
+    assert listener.calls.count("aten.sin.default") == 1
+
+
+def test_another_thread_is_not_told_of() -> None:
+    listener, x = Listening(), torch.zeros(2)
+    with told(listener, calls=True):
+        thread = threading.Thread(target=lambda: x.add_(1.0))
+        thread.start()
+        thread.join()
+    assert listener.writes == []
+
+
+def test_an_op_that_raises_leaves_the_keys_as_they_were() -> None:
+    plan_for([torch.ops.aten.mm.default])
+    listener = Listening()
+    with told(listener, calls=True):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cannot be multiplied"):
+                torch.mm(torch.ones(2, 3), torch.ones(2, 3))
+            with pytest.raises(RuntimeError, match="must match"):
+                torch.zeros(2).add_(torch.ones(3))
+        assert is_heard()
+    assert listener.calls == ["aten.mm.default"] * 2
+    assert listener.ended == len(listener.writes) == 2
+    assert not is_heard()
+
+
+# ---- what is heard is what was recorded ---------------------------------------------------------------
+
+
+def _unheard_calls(model: nn.Module, loss_fn: Any, batch: Any) -> list[Any]:
+    """The planned calls that a forward did not come by, where everything is planned."""
+    graph = recorded(model, loss_fn, batch)
+    plan = keys(graph, droppable(graph))
+    wanted = {(key.frame, key.op, key.nth) for key in plan}
+    heard: Counter[Any] = Counter()
+
+    class Noting(Replayer):
+        def _run_recorded(self, op: Any, call: Any, args: Any, kwargs: Any, dropped: Any) -> Any:
+            nth = self._sites.current.counts[op.key] - 1
+            heard[self._sites.current.name, str(op.func), nth] += 1
+            return super()._run_recorded(op, call, args, kwargs, dropped)
+
+    with Noting(model, decisions_of(plan)):
+        loss_fn(model, batch)
+    assert set(heard) <= wanted
+    assert set(heard.values()) <= {1}
+    return sorted(wanted - set(heard))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_planned_call_of_a_case_is_heard_once(name: str) -> None:
+    case = CASES[name]
+    assert _unheard_calls(case.model(), case.loss, case.batch()) == []
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_planned_call_of_a_model_is_heard_once(name: str) -> None:
+    zoo = ZOO[name]
+    assert _unheard_calls(zoo.build(1).train(), zoo.loss, zoo.batch(4, 1)) == []
+
+
+# ---- what no recording has seen -----------------------------------------------------------------------
+
+
+UNFORESEEN: dict[str, Callable[[Tensor], object]] = {
+    "counted": lambda h: h.detach().mul_(0.5),
+    "uncounted": lambda h: h.data.mul_(0.5),
+    "of a part": lambda h: h.data[1:].add_(1.0),
+}
+
+
+@pytest.mark.parametrize("name", UNFORESEEN)
+def test_a_write_that_the_recording_had_not_is_as_in_the_plain_step(name: str) -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        h = m.lin(x) + 1.0  # saved by nobody, so that autograd minds none of the writes
+        g = h + 2.0
+        if x.sum() > 0:
+            UNFORESEEN[name](h)
+        return m.out((g * 3.0).sin() + (h + 4.0).cos())
+
+    model = Net(body, lin=nn.Linear(WIDTH, WIDTH), out=nn.Linear(WIDTH, WIDTH))
+    quiet, busy = -floats().abs(), floats().abs()
+    graph = recorded(model, square_loss, quiet)
+    for _, plan in plans_of(graph):
+        assert_same(outcome(model, square_loss, busy), outcome(model, square_loss, busy, plan))
