@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--out FILE]
 
 Tiny tensors, so that kernels cost next to nothing; CPU seconds; the variants run in turn in one
-process, and the median of the differences counts. A region is one call of `torch.utils.checkpoint`, not
+process, and the median of the differences counts. Each op saves its output, so that packing and unpacking
+it count, too. "Named elsewhere" is an op in a module of the plan, of a kind that the plan names for another
+call. A region is one call of `torch.utils.checkpoint`, not
 reentrant; what it costs beside its ops is told by cutting the same ops into one region and into many. A
 selective one saves nothing here, so that all of its ops run again, as those of a plain one do.
 """
@@ -14,6 +16,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from memfit.core.graph import ValueKey
-from memfit.runtime.replay import Decisions, Replayer, decisions_of
+from memfit.runtime.replay import Decisions, decisions_of
 
 OPS, REPEATS, REGIONS = 400, 41, 20
 
@@ -31,15 +34,16 @@ OPS, REPEATS, REGIONS = 400, 41, 20
 class Chain(nn.Module):
     """Many small ops in one module call, each of which saves its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, op: Callable[[Tensor], Tensor] = torch.tanh) -> None:
         super().__init__()
+        self.op = op
         self.weight = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:
         """[8] -> [8]"""
         x = x * self.weight
         for _ in range(OPS):
-            x = torch.tanh(x)
+            x = self.op(x)
         return x
 
 
@@ -51,10 +55,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def forward(model: nn.Module, x: Tensor, decisions: Decisions | None) -> Tensor:
-    """The forward, in the mode if there are decisions."""
-    if decisions is None:
-        return model(x).sum()  # type: ignore[no-any-return]
-    with Replayer(model, decisions):
+    """The forward, under the decisions if there are any."""
+    with nullcontext() if decisions is None else decisions.replayer(model):
         return model(x).sum()  # type: ignore[no-any-return]
 
 
@@ -108,15 +110,23 @@ def regions_us() -> dict[str, float]:
 
 def measure() -> dict[str, Any]:
     """Microseconds, medians of paired differences."""
-    model, x = Chain(), torch.randn(8)
+    model, planned, x = Chain(), Chain(torch.sigmoid), torch.randn(8)
     outside = decisions_of([ValueKey("model", "aten.exp.default", 0, 0)])  # a plan for an op that never comes
-    every = decisions_of([ValueKey("model", "aten.tanh.default", i, 0) for i in range(OPS)])
-    rows: dict[str, list[float]] = {"an empty mode": [], "outside the plan": [], "replayed": []}
+    named = decisions_of([ValueKey("model", "aten.sigmoid.default", OPS, 0)])  # for a call that never comes
+    every = decisions_of([ValueKey("model", "aten.sigmoid.default", i, 0) for i in range(OPS)])
+    ways: dict[str, tuple[Chain, Decisions]] = {
+        "outside the plan": (model, outside),
+        "named elsewhere": (planned, named),
+        "replayed": (planned, every),
+    }
+    rows: dict[str, list[float]] = {name: [] for name in ("an empty mode", *ways)}
     for _ in range(REPEATS):
         plain_s = seconds(lambda: forward(model, x, None).backward())
         rows["an empty mode"].append(seconds(lambda: in_a_mode(model, x).backward()) - plain_s)
-        rows["outside the plan"].append(seconds(lambda: forward(model, x, outside).backward()) - plain_s)
-        rows["replayed"].append(seconds(lambda: forward(model, x, every).backward()) - plain_s)
+        for name, (chain, decisions) in ways.items():
+            plain_s = seconds(lambda m=chain: forward(m, x, None).backward())  # type: ignore[misc]
+            run_s = seconds(lambda m=chain, d=decisions: forward(m, x, d).backward())  # type: ignore[misc]
+            rows[name].append(run_s - plain_s)
     found = {
         name: {"us_per_op": statistics.median(values) / OPS * 1e6, "n": REPEATS}
         for name, values in rows.items()

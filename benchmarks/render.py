@@ -299,12 +299,13 @@ def _overhead() -> list[Row]:
     """Python."""
     ops, run = newest("overhead")
     step, of_steps = newest("step_overhead")
-    of_ops = [f"{ops[n]['us_per_op']:.1f} us" for n in ("outside the plan", "an empty mode", "replayed")]
+    names = ("outside the plan", "named elsewhere", "replayed", "an empty mode")
+    of_ops = [f"{ops[name]['us_per_op']:.1f} us" for name in names]
     grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
     return [
         (
-            "Python cost of an op outside the plan, of an op in a dispatch mode that does nothing, of a "
-            "replayed op",
+            "Python cost of an op outside the plan, of one whose kind the plan names elsewhere, of a replayed "
+            "op, of an op in a dispatch mode that does nothing",
             ", ".join(of_ops),
             run,
         ),

@@ -1,8 +1,9 @@
-"""Which parts of a model torch.compile hides, and how memfit's dispatch modes step aside for them.
+"""Which parts of a model torch.compile hides, and how memfit steps aside for them.
 
 Note [Compiled regions]
  1. Under a dispatch mode dynamo runs a compiled module eagerly, whose last bits may differ from
-    the compiled ones. So memfit's modes leave the stack for the call of a region and come back after it.
+    the compiled ones. So the mode that records leaves the stack for the call of a region and comes back after
+    it; a replay, which has no mode, is told nothing meanwhile (``runtime/intercept.py``).
  2. Hooks of saved tensors stay: the region's autograd function saves through them. So a value from outside
     that a region saves can be recomputed; what the region itself has made is kept as it is.
     The hooks are marked as not to be traced: dynamo would compile them, for they run inside of its region.

@@ -52,7 +52,6 @@ _LISTENER, _RECORDER = "memfit.listener", "memfit.recorder"
 _NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper", "DeferredInit")
 _LISTENING, _WATCHED, _RECORDING = (_key(name) for name in _NAMES)
 _ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
-_OF_MODES = (_key("Python"), _key("PythonTLSSnapshot"))
 
 
 class PlannedOp(NamedTuple):
