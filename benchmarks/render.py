@@ -304,8 +304,8 @@ def _overhead() -> list[Row]:
     grown = [f"{step['grows_by'][name]:+.0%}" for name in step["grows_by"]]
     return [
         (
-            "Python cost of an op outside the plan, of one whose kind the plan names elsewhere, of a replayed "
-            "op, of an op in a dispatch mode that does nothing",
+            "Python cost of an op outside the plan, of one whose kind the plan names elsewhere, of a "
+            "replayed op, of an op in a dispatch mode that does nothing",
             ", ".join(of_ops),
             run,
         ),
