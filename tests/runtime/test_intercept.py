@@ -123,6 +123,18 @@ def test_a_call_that_autocast_or_vmap_takes_is_told_once_as_the_kernel_sees_it()
     assert listener.calls.count("aten.sin.default") == 1
 
 
+def test_what_attention_and_dropout_write_of_their_own_is_told_only_where_it_may_be_planned() -> None:
+    x = torch.randn(1, 2, 4, 4)
+    mask = torch.zeros(4, 4)
+    for calls in (False, True):
+        listener = Listening()
+        with told(listener, calls=calls):
+            torch.nn.functional.dropout(x, 0.5)
+            torch.nn.functional.scaled_dot_product_attention(x, x, x, mask, dropout_p=0.5)
+        assert bool(listener.writes) == calls
+        assert not any(_same_storage(tensor, other) for tensor in listener.writes for other in (x, mask))
+
+
 def test_another_thread_is_not_told_of() -> None:
     listener, x = Listening(), torch.zeros(2)
     with told(listener, calls=True):

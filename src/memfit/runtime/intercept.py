@@ -7,7 +7,8 @@ Note [Spare keys]
     which torch works out when kernels are registered, not when ops are called.
  2. ``WATCHED`` has kernels for each op whose schema writes to an argument, and for those that write without
     saying so. Whatever the dispatcher does to a tensor in place comes by: through ``.data``, through views,
-    in C++ and in TorchScript.
+    in C++ and in TorchScript. Attention and dropout write many times, all to what they have made themselves;
+    where nothing of it can be planned, they do so untold.
  3. ``LISTENING`` lies above it and has kernels for the ops that some plan has named. It is included only
     where the plan may name a call.
  4. The keys lie above autograd and autocast. Where autocast or functorch takes a call, it is let through: the
@@ -51,6 +52,7 @@ def _key(name: str) -> Any:
 _LISTENER, _RECORDER = "memfit.listener", "memfit.recorder"
 _NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper", "DeferredInit")
 _LISTENING, _WATCHED, _RECORDING = (_key(name) for name in _NAMES)
+_WRITE_THEIR_OWN = frozenset({"aten::scaled_dot_product_attention", "aten::dropout"})
 _ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
 
 
@@ -181,6 +183,8 @@ class _Kernels:
                     handle = torch._C._dispatch_find_schema_or_throw(base, overload)
                     if is_writer(handle.schema()):
                         self._register(name, _NAMES[1], _watching(base, overload))
+                    elif name in _WRITE_THEIR_OWN:
+                        self._register(name, _NAMES[1], _untold(base))
             self._imported = imported
 
     def listen_to(self, funcs: Iterable[OpOverload]) -> None:
@@ -228,6 +232,24 @@ def _watching(base: str, overload: str) -> Callable[..., Any]:
                 return op.call(*args, **kwargs)
             finally:
                 listener.end_writes(begun)
+        finally:
+            _include(_WATCHED, True)
+
+    return kernel
+
+
+def _untold(base: str) -> Callable[..., Any]:
+    """The kernel of an op that writes to nothing that was there before. See Note 2."""
+    after = torch._C._dispatch_keyset_full_after(_WATCHED)
+    elsewhere = _taken_elsewhere()
+    op = _op(getattr(torch.ops.aten, base.partition("::")[2]).default)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if keyset.raw_repr() & elsewhere or _is_included(_LISTENING):
+            return _passed_on(op, _WATCHED, keyset & after, *args, **kwargs)
+        _include(_WATCHED, False)
+        try:
+            return op.call(*args, **kwargs)
         finally:
             _include(_WATCHED, True)
 
