@@ -1,9 +1,9 @@
 """What stands for tensors that a plan drops: handles that know how to make them, and records of the ops.
 
 Note [Handles]
- 1. A *handle* is one version of a storage. Of a dropped one the forward leaves no memory; its *record* is the
-    op that makes it again, and refers to its arguments by *windows* onto their handles. What autograd saves
-    of it is a window, too.
+ 1. A *handle* is one version of a storage that the plan drops: the forward leaves no memory of it. Its
+    *record* is the op that makes it again. What autograd saves of it is a *window* onto the handle. An
+    argument of a record is a window, too, if it is itself dropped, else the tensor, *held*.
  2. A handle keeps what was made again until its last reference dies: the save's (autograd frees it) or that
     of a record not yet run. Reference counting is the whole memory management; ``core/timeline.py`` predicts
     it by the same rules.
@@ -47,9 +47,8 @@ class Handle:
     """One version of a storage that is, or can be, made again.
 
     ``tensor`` is a tensor over the storage, once there is one; ``geometry`` is what it is or will be like.
-    ``version`` is that of a tensor held as it is, which tells whether it was changed since. ``readers`` are
-    the records that have a dropped one as an argument, ``windows`` what autograd saved of it; both may be
-    dead by now.
+    ``readers`` are the records that have it as an argument, ``windows`` what autograd saved of it; both may
+    be dead by now.
     """
 
     __slots__ = (
@@ -61,7 +60,6 @@ class Handle:
         "record",
         "stretch",
         "tensor",
-        "version",
         "windows",
     )
 
@@ -69,7 +67,6 @@ class Handle:
         self.record = record
         self.geometry = geometry
         self.tensor: Tensor | None = None
-        self.version: int | None = None
         self.readers: list[weakref.ref[Record]] | None = None
         self.windows: list[weakref.ref[Window]] | None = None
         self.is_blank = False
@@ -83,16 +80,26 @@ class Handle:
             return True
         return any(reference() is not None for reference in self.windows or ())
 
-    def is_modified(self) -> bool:
-        """Whether what is held was written to behind the handle."""
-        return self.version is not None and self.tensor is not None and self.tensor._version != self.version
 
-
-def held(tensor: Tensor) -> Handle:
-    """A handle that holds a tensor's memory; with its graph it would keep the nodes behind it."""
+def made(tensor: Tensor) -> Handle:
+    """A handle that has its memory; with its graph the tensor would keep the nodes behind it."""
     handle = Handle(None, geometry_of(tensor))
     handle.tensor = tensor.detach()
     return handle
+
+
+class Held:
+    """A tensor that a record holds, and its version, which tells whether it was changed since."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, version: int | None) -> None:
+        self.tensor = tensor
+        self.version = version
+
+    def is_modified(self) -> bool:
+        """Whether what is held was written to behind the record."""
+        return self.version is not None and self.tensor._version != self.version
 
 
 class Window:
@@ -142,20 +149,12 @@ def opened(whole: Tensor, geometry: Geometry) -> Tensor:
     )
 
 
-class Raw:
-    """A tensor passed to a record's op as it is then: running statistics, whose value is not read."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class Record:
     """One op to run again.
 
-    ``arguments`` and ``keywords`` hold windows in place of tensors; where it ``is_flat`` these are arguments
-    themselves, not in lists, and nothing is overwritten. ``reads``: their handles, once.
+    ``arguments`` and ``keywords`` have windows and held tensors in place of tensors; where it ``is_flat``
+    these are arguments themselves, not in lists, and nothing is overwritten. ``reads``: the handles behind
+    the windows, once.
     """
 
     __slots__ = (
@@ -190,6 +189,10 @@ class Record:
         self.has_gradients = torch.is_grad_enabled()
         self.is_done = False
 
+    def held(self) -> Iterator[Held]:
+        """What it holds among its arguments."""
+        return _held_in([*self.arguments, *self.keywords.values()] if self.keywords else self.arguments)
+
     def live_outputs(self) -> Iterator[tuple[int, Handle]]:
         """The handles that still want a result, and its number."""
         for number, reference in self.outputs:
@@ -204,7 +207,10 @@ class Record:
         """
         stays = passing is not None and any(handle in passing for _, handle in self.live_outputs())
         if self.is_flat:
-            args = [item.open() if type(item) is Window else item for item in self.arguments]
+            args = [
+                item.tensor if type(item) is Held else item.open() if type(item) is Window else item
+                for item in self.arguments
+            ]
             kwargs = self.keywords or {}
         else:
             args, kwargs = self._opened(passing, stays=stays)
@@ -248,11 +254,20 @@ def _opened(item: Any, private: dict[Handle, Tensor]) -> Any:
         if item.handle in private:
             return opened(private[item.handle], item.geometry or item.handle.geometry)
         return item.open()
-    if type(item) is Raw:
+    if type(item) is Held:
         return item.tensor
     if isinstance(item, (list, tuple)):
         return type(item)(_opened(part, private) for part in item)
     return item
+
+
+def _held_in(items: Iterable[Any]) -> Iterator[Held]:
+    """The held tensors among arguments."""
+    for item in items:
+        if type(item) is Held:
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _held_in(item)
 
 
 def make_again(target: Handle, check: Callable[[Record], None], *, in_levels: bool) -> None:

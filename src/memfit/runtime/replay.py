@@ -49,14 +49,15 @@ from memfit.runtime.callsite import CallSites
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, unwritten
 from memfit.runtime.handles import (
     Handle,
-    Raw,
+    Held,
     Record,
     Window,
     copy_of_storage,
     generator_state,
     geometry_of,
-    held,
+    made,
     make_again,
+    opened,
     window_onto,
 )
 from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard
@@ -143,7 +144,7 @@ class Replayer:
         self._decisions = decisions
         self._sites: CallSites[Planned] = CallSites(model, decisions.of_frames, listen)
         self._dropped: dict[int, Handle] = {}
-        self._held: dict[int, weakref.ref[Handle]] = {}
+        self._held: dict[int, list[weakref.ref[Held]]] = {}
         self._pins: list[int] = []
         self._empties: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._running: _Running | None = None
@@ -249,7 +250,8 @@ class Replayer:
         statistics = written_statistics(op.info, args)
         if statistics:
             record.statistics, record.is_flat = statistics, False
-            args = tuple(Raw(item) if i in statistics else item for i, item in enumerate(args))
+            # Their value is not read, so they are taken as they are then.
+            args = tuple(Held(item, None) if i in statistics else item for i, item in enumerate(args))
         record.arguments = [self._stand_in(item, reads, record) for item in args]
         if kwargs:
             record.keywords = {name: self._stand_in(value, reads, record) for name, value in kwargs.items()}
@@ -260,9 +262,8 @@ class Replayer:
         record.reads = tuple(reads)
         reference = weakref.ref(record)
         for handle in reads:
-            if handle.record is not None:
-                handle.readers = handle.readers or []
-                handle.readers.append(reference)
+            handle.readers = handle.readers or []
+            handle.readers.append(reference)
         if op.info.is_random and draws_random_numbers(op.info, op.func, args, kwargs):
             record.seed = generator_state(_device_of(args, kwargs))
         return record
@@ -310,42 +311,35 @@ class Replayer:
                 self._pins.append(block._weak_ref())  # type: ignore[arg-type]  # keeps the address
 
     def _stand_in(self, item: Any, reads: dict[Handle, None], record: Record) -> Any:
-        """An argument with windows in place of tensors; their handles are noted."""
+        """What a record has in place of an argument; handles behind windows are noted."""
         if isinstance(item, Tensor):
-            window = self._window(item)
-            reads[window.handle] = None
-            return window
+            address = item.untyped_storage()._cdata
+            handle = self._dropped.get(address)
+            if handle is None:
+                return self._hold(item, address)
+            reads[handle] = None
+            return window_onto(handle, item)
         if type(item) in _LISTS and all_in(item):
             record.is_flat = False
             return type(item)(self._stand_in(part, reads, record) for part in item)
         return item
 
-    def _window(self, tensor: Tensor) -> Window:
-        """A window onto the handle of a tensor; one that is not dropped is held from now on."""
-        address = tensor.untyped_storage()._cdata
-        handle = self._dropped.get(address)
-        if handle is None:
-            known = self._held.get(address)
-            handle = known() if known is not None else None
-            if handle is None:
-                handle = held(tensor)
-                if any(w.address == address and not w.has_happened() for w in self._writes):
-                    self._hold_copy(handle)
-                else:
-                    handle.version = _version_of(tensor)
-                    self._held[address] = weakref.ref(handle)
-                return Window(handle)
-        return window_onto(handle, tensor)
+    def _hold(self, tensor: Tensor, address: int) -> Held:
+        """What is not dropped is held from now on, without its graph."""
+        kept = Held(tensor.detach(), _version_of(tensor))
+        if any(write.address == address and not write.has_happened() for write in self._writes):
+            _hold_copies([kept])
+        else:
+            self._held.setdefault(address, []).append(weakref.ref(kept))
+        return kept
 
     def begin_writes(self, tensors: list[Tensor]) -> int:
         """Writes are about to happen: what is held must not see them. See Note 4."""
         begun = len(self._writes)
         for tensor in tensors:
             address = _address(tensor)
-            known = self._held.pop(address, None)
-            handle = known() if known is not None else None
-            if handle is not None:
-                self._hold_copy(handle)
+            known = (reference() for reference in self._held.pop(address, ()))
+            _hold_copies([kept for kept in known if kept is not None])
             self._writes.append(_Write(tensor, address, self._dropped.get(address)))
         return begun
 
@@ -366,11 +360,6 @@ class Replayer:
         if handle is not None and self._dropped.get(write.address) is handle:
             del self._dropped[write.address]
             _hold_saved(handle, write.tensor)
-
-    def _hold_copy(self, handle: Handle) -> None:
-        """Holds a copy in place of memory that is about to be overwritten."""
-        with unheard():
-            handle.tensor, handle.version = copy_of_storage(handle.tensor), None
 
     # ---- saves --------------------------------------------------------------------------------------
 
@@ -397,7 +386,7 @@ class Replayer:
         for address, window, tensor in early:
             handle = self._dropped.get(address)
             if handle is None or not is_plain(tensor) or not self._may_be_made(handle):
-                window.handle = kept = held(tensor)
+                window.handle = kept = made(tensor)
                 window.counter, window.version = kept.tensor, tensor._version
             else:
                 window.look_at(handle, geometry_of(tensor))
@@ -447,10 +436,9 @@ class Replayer:
 
     def _check_sources(self, record: Record) -> None:
         """Refuses to compute from what was changed since the forward."""
-        for handle in record.reads:
-            if handle.is_modified():
-                assert handle.tensor is not None
-                raise RuntimeError(_modified(self._name_of(handle.tensor)))
+        for kept in record.held():
+            if kept.is_modified():
+                raise RuntimeError(_modified(self._name_of(kept.tensor)))
 
     def _name_of(self, leaf: Tensor) -> str:
         """What a leaf is called in the model."""
@@ -460,7 +448,7 @@ class Replayer:
 
 
 _LISTS = (list, tuple)
-_NOTHING_YET = held(torch.empty(0))
+_NOTHING_YET = made(torch.empty(0))
 
 
 def _version_of(tensor: Tensor) -> int | None:
@@ -472,10 +460,19 @@ def _hold_saved(handle: Handle, tensor: Tensor) -> None:
     """What autograd saved of a version that is overwritten now is the storage itself. See Note 6."""
     windows = [window for reference in handle.windows or () if (window := reference()) is not None]
     if windows:
-        kept = held(tensor)
+        kept = made(tensor)
         for window in windows:
             window.look_at(kept, window.geometry or handle.geometry)
         handle.windows = None
+
+
+def _hold_copies(held: list[Held]) -> None:
+    """Holds one copy in place of a storage that is about to be overwritten."""
+    if held:
+        with unheard():
+            whole = copy_of_storage(held[0].tensor)
+            for kept in held:
+                kept.tensor, kept.version = opened(whole, geometry_of(kept.tensor)), None
 
 
 @contextmanager
