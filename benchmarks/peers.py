@@ -163,7 +163,7 @@ def _equal(own: list[Any], other: list[Any]) -> bool | None:
 def _operators(run: Callable[[], object]) -> list[tuple[Kind, float]]:
     """Each operator that runs, below autograd and inside of others too: kind, and seconds of its own.
 
-    One that goes to a dispatch mode is called by the mode again, and counts there.
+    One that goes to a dispatch mode, or to a kernel in Python, is called from there again, and counts there.
     """
     with torch.autograd.profiler.profile(record_shapes=True) as profiler:
         run()
@@ -171,7 +171,7 @@ def _operators(run: Callable[[], object]) -> list[tuple[Kind, float]]:
         ((event.name, str(event.input_shapes)), event.self_cpu_time_total * 1e-6)
         for event in profiler.function_events
         if event.name.startswith("aten::")
-        and not any(child.name == "PythonDispatchMode" for child in event.cpu_children)
+        and not any(child.name in ("PythonDispatchMode", event.name) for child in event.cpu_children)
     ]
 
 

@@ -208,9 +208,9 @@ def test_torch_peaks_where_the_simulation_says_and_runs_the_same_ops_again(
     assert -256 <= peak_bytes - simulated.peak.total_bytes <= unknown_bytes + CPU_SEED_BYTES
     assert simulated.peak.total_bytes < run(graph).peak.total_bytes
     assert all_is_given_back(graph, regions)
-    assert again - plain == Counter(
-        graph.ops[op].key.op for op in simulated.replayed_ops if graph.ops[op].key.op != "appears"
-    )
+    # The mode that counts makes attention add its mask out of place, see Note [Recording] 10.
+    names = (graph.ops[op].key.op.replace("add_.", "add.") for op in simulated.replayed_ops)
+    assert again - plain == Counter(name for name in names if name != "appears")
 
 
 # ---- any regions of any step -------------------------------------------------------------------------------
