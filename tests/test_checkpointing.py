@@ -205,8 +205,8 @@ def test_torch_peaks_where_the_simulation_says_and_runs_the_same_ops_again(
     unknown_bytes = made.unread_bytes
     for region in regions:  # torch puts the generator's state aside also where nobody draws from it
         unknown_bytes += 0 if any(graph.ops[op].is_random for op in region.ops) else CPU_SEED_BYTES
-    if options:  # its mode makes attention add its mask out of place, see Note [Recording] 10
-        unknown_bytes += max((_overwritten_bytes(graph, op) for op in graph.ops), default=0)
+    if options:  # under its mode attention adds its mask out of place, so that two more tensors wait there
+        unknown_bytes += 2 * max((_overwritten_bytes(graph, op) for op in graph.ops), default=0)
     assert -256 <= peak_bytes - simulated.peak.total_bytes <= unknown_bytes + CPU_SEED_BYTES
     assert simulated.peak.total_bytes < run(graph).peak.total_bytes
     assert all_is_given_back(graph, regions)
