@@ -87,7 +87,8 @@ class Op:
     ``temporary_bytes`` are allocated inside the operator on top of its outputs. ``seed_bytes`` is
     the size of the generator state a replay of a random op needs, ``scratch_bytes`` of what a replay
     copies so as not to write to it (running statistics). ``inputs`` include what the op overwrites;
-    ``overwrites`` are the old versions of the storages written in place.
+    ``overwrites`` are the old versions of the storages written in place. For ``is_sum_in_place`` see
+    ``core/sums.py``.
     """
 
     key: OpKey
@@ -102,6 +103,7 @@ class Op:
     is_random: bool = False
     is_replayable: bool = False
     overhead_s: float = 0.0
+    is_sum_in_place: bool = False
 
     @property
     def replay_s(self) -> float:

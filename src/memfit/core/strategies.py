@@ -8,8 +8,8 @@ Note [Strategies]
  3. All are run by ``core/regions.py`` and priced by the rule of a plan: seconds of what runs again, and
     Python where no kernel hides it. A plan pays ``Op.overhead_s`` for each op it replays, the others a
     part of that for each op and as much as some ops for each region. By how much the others' Python is
-    cheaper or dearer is measured beside memfit's own (``benchmarks/overhead.py``: 72 us a replayed op, 15 us
-    one under a checkpoint, 36 us one of a selective region; 155 and 240 us a region).
+    cheaper or dearer is measured beside memfit's own (``benchmarks/overhead.py``: 22 us a replayed op, 11 us
+    one under a checkpoint, 33 us one of a selective region; 95 and 162 us a region).
  4. Early stop is on, as is torch's default. A block of which torch would refuse an argument stays as it is.
  5. Selective checkpointing saves what matmuls, convolutions and attention make. torchtitan runs every second
     matmul again all the same; that is a strategy of its own.
@@ -29,6 +29,7 @@ from memfit.core.frontier import undominated
 from memfit.core.graph import Profile, StepGraph
 from memfit.core.links import Choices
 from memfit.core.regions import Region, can_be_region, run_regions
+from memfit.core.sums import out_of_place
 from memfit.core.timeline import floors
 
 _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
@@ -46,8 +47,8 @@ class Python(NamedTuple):
     is_of_all_ops: bool  # in the mode of selective checkpointing each op pays, twice, cached or not
 
 
-CHECKPOINT = Python(15 / 72, 155 / 72, is_of_all_ops=False)
-SELECTIVE = Python(36 / 72, 240 / 72, is_of_all_ops=True)
+CHECKPOINT = Python(11 / 22, 95 / 22, is_of_all_ops=False)
+SELECTIVE = Python(33 / 22, 162 / 22, is_of_all_ops=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,10 @@ def strategies(profile: Profile, *, micro_batch_size: int | None = None) -> list
     floor = floors(profile)
     families: dict[str, list[Strategy]] = {}
     for graph in graphs:
-        for strategy in _of_size(Candidate(profile, graph, choices, floor[graph.held_bytes > 0])):
+        least = floor[graph.held_bytes > 0]
+        candidate = Candidate(profile, graph, choices, least)
+        in_a_mode = Candidate(profile, out_of_place(graph), choices, least)
+        for strategy in _of_size(candidate, in_a_mode):
             families.setdefault(strategy.family, []).append(strategy)
     return [strategy for family in families.values() for strategy in undominated(family)]
 
@@ -126,8 +130,8 @@ def notable(found: Iterable[Strategy]) -> list[Strategy]:
     return rows
 
 
-def _of_size(candidate: Candidate) -> Iterator[Strategy]:
-    """Every strategy at one micro-batch size."""
+def _of_size(candidate: Candidate, in_a_mode: Candidate) -> Iterator[Strategy]:
+    """Every strategy at one micro-batch size; selective checkpointing runs a dispatch mode."""
     graph = candidate.graph
     yield _strategy(candidate, "plain", "plain", "", [])
     for name, blocks in repeated_blocks(graph).items():
@@ -136,8 +140,8 @@ def _of_size(candidate: Candidate) -> Iterator[Strategy]:
         for k in _intervals(len(blocks)):
             yield _strategy(candidate, "every k-th block", f"every {_ordinal(k)} block", name, every[::k])
         for family, half in (("matmuls saved", False), ("half the matmuls", True)):
-            regions = [Region(ops, saved_by_policy(graph, ops, half=half)) for ops in blocks]
-            yield _strategy(candidate, family, family, name, regions, SELECTIVE)
+            regions = [Region(ops, saved_by_policy(in_a_mode.graph, ops, half=half)) for ops in blocks]
+            yield _strategy(in_a_mode, family, family, name, regions, SELECTIVE)
 
 
 def _strategy(

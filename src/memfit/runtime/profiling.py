@@ -70,7 +70,7 @@ from memfit.runtime.update import Update, with_real_costs
 
 _log = logging.getLogger("memfit")
 
-REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included: benchmarks/overhead.py
+REPLAY_OVERHEAD_S = 5e-5  # of one replayed op, its record included; half as much with warm caches
 _FEW_NUMBERS_BYTES = 64  # the running loss while the next micro-batch runs, numbers an optimizer counts by
 _DISPATCH_S = 4e-6  # of any op in eager mode, whatever its size
 

@@ -22,7 +22,8 @@ Note [Recording]
  9. What is communicated with other processes is never replayed, nor what is wanted where a replay of it has
     no parameters (``core/barriers.py``).
 10. Attention and ``linear`` add a mask or bias in place, but out of place where a dispatch mode looks on. The
-    recording is mended: such a sum is noted as the write in place that a step without a mode does.
+    recording is mended: such a sum is noted as the write in place that a step without a mode does
+    (``core/sums.py`` undoes it).
 11. With ``hold_saved`` the originals are kept as in a plain step. It serves to measure ops, not lives.
 """
 
@@ -671,7 +672,12 @@ def _finish(
     _note_hidden(recorder, costs)
     kept = _must_be_kept(recorder)
     ops = [
-        replace(op, seconds=cost.seconds, is_replayable=op.is_replayable and index not in kept)
+        replace(
+            op,
+            seconds=cost.seconds,
+            is_replayable=op.is_replayable and index not in kept,
+            is_sum_in_place=index in recorder.sums_in_place,
+        )
         for index, (op, cost) in enumerate(zip(recorder.ops, costs, strict=True))
     ]
     freed = {index for kind, index in recorder.log if kind == LogKind.FREE}
