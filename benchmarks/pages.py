@@ -243,6 +243,21 @@ def _peers_registry(where: str) -> str:
     return _table("package | version | a chain of six blocks on this machine", rows, "peers_registry", where)
 
 
+def _peers_compiler(where: str) -> str:
+    rows = newest("peers_compiler")[0]
+    plain_s = rows[0]["cpu_s"]
+    table = [
+        (
+            "the plain eager step" if row["peer"] == "plain" else row["name"],
+            format_bytes(row["peak_bytes"]) if "peak_bytes" in row else f"`{row['said'][:120]}`",
+            f"{row['cpu_s'] / plain_s - 1:+.1%}" if "cpu_s" in row else "-",
+        )
+        for row in rows
+    ]
+    head = "`activation_memory_budget` | measured peak | CPU time of a step, over the plain one's"
+    return _table(head, table, "peers_compiler", where)
+
+
 _TABLES: dict[str, Callable[[str], str]] = {
     "traps": _traps,
     "coupled": _coupled,
@@ -257,6 +272,7 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "faults": _faults,
     "peers": _peers,
     "peers_reach": _peers_reach,
+    "peers_compiler": _peers_compiler,
     "peers_registry": _peers_registry,
     "peers_budgets": _peers_budgets,
     "zoo": _zoo,

@@ -1,6 +1,6 @@
 """Writes the results into README.md and docs/ from the newest result files; no figure is typed.
 
-python benchmarks/render.py [--check]
+python benchmarks/render.py [--check]    (the picture of the peers is drawn, and not checked)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import peer_tables
 import zoo_tables
 from figures import ROOT, newest
+from peer_picture import write_picture
 
 from pages import filled
 
@@ -336,6 +337,8 @@ def main() -> None:
             raise SystemExit(f"{name} does not show the newest results: run python benchmarks/render.py")
         if made != text:
             path.write_text(made, "utf-8")
+    if not options.check:
+        write_picture(ROOT / "docs" / "images" / "peers.png")
 
 
 def _readme(text: str) -> str:
