@@ -24,6 +24,7 @@ Sources: ``c10/core/DispatchKey.h``, ``aten/src/ATen/core/dispatch/OperatorEntry
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -91,11 +92,11 @@ def told(listener: Listener, *, calls: bool) -> Iterator[None]:
     _kernels().watch_everything()
     outer = _get_obj_in_tls(_LISTENER) if _is_key_in_tls(_LISTENER) else None
     with _included({_WATCHED: True, _LISTENING: calls}):
-        _stash_obj_in_tls(_LISTENER, listener)
+        _put(_LISTENER, listener)
         try:
             yield
         finally:
-            _stash_obj_in_tls(_LISTENER, outer)
+            _put(_LISTENER, outer)
 
 
 @contextmanager
@@ -103,11 +104,11 @@ def told_of_composites(around: Callable[..., Any], funcs: Iterable[OpOverload]) 
     """Calls of some composite ops in the body go through ``around(call, *args, **kwargs)``."""
     _kernels().announce(funcs)
     with _included({_RECORDING: True}):
-        _stash_obj_in_tls(_RECORDER, around)
+        _put(_RECORDER, around)
         try:
             yield
         finally:
-            _stash_obj_in_tls(_RECORDER, None)
+            _put(_RECORDER, None)
 
 
 def listen(is_on: bool) -> None:
@@ -330,6 +331,28 @@ def _passed_on(op: PlannedOp, key: Any, keys: Any, *args: Any, **kwargs: Any) ->
             with _included({key: False}):
                 return op.call(*args, **kwargs)
     return op.func._handle.redispatch_boxed(keys, *args, **kwargs)
+
+
+def _put(name: str, item: object) -> None:
+    """Keeps something in torch's thread state, in place of what was there."""
+    if _put_takes_a_reference():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
+    _stash_obj_in_tls(name, item)
+
+
+@cache
+def _put_takes_a_reference() -> bool:
+    """Whether torch forgets to count its reference, and gives back one that is not its own (2.10 does)."""
+    item = object()
+    before = sys.getrefcount(item)
+    _stash_obj_in_tls("memfit.probe", item)
+    if sys.getrefcount(item) > before:
+        _stash_obj_in_tls("memfit.probe", None)
+        return False
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(None))
+    _stash_obj_in_tls("memfit.probe", None)
+    return True
 
 
 def _name(func: OpOverload) -> str:
