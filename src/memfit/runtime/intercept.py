@@ -50,6 +50,7 @@ def _key(name: str) -> Any:
     return torch._C._parse_dispatch_key(name)
 
 
+_FIRST = Lock()
 _LISTENER, _RECORDER = "memfit.listener", "memfit.recorder"
 _NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper", "DeferredInit")
 _LISTENING, _WATCHED, _RECORDING = (_key(name) for name in _NAMES)
@@ -146,9 +147,14 @@ def plan_for(funcs: Iterable[OpOverload]) -> None:
     _kernels().listen_to(funcs)
 
 
-@cache
 def _kernels() -> _Kernels:
     """What is registered, for the whole process. See Note 5."""
+    with _FIRST:  # threads that ask for it at the same time would register twice
+        return _registered()
+
+
+@cache
+def _registered() -> _Kernels:
     return _Kernels()
 
 
