@@ -159,14 +159,14 @@ def test_a_replay_that_failed_can_be_tried_again(in_levels: bool, monkeypatch: p
         raise MemoryError("no more")
 
     def failing(self: handles.Record, passing: Counter[handles.Handle] | None) -> None:
-        func = self.func
+        call = self.call
         if self.seed is not None and not failures:
-            failures.append(func)
-            self.func = out_of_memory
+            failures.append(self.func)
+            self.call = out_of_memory
         try:
             run(self, passing)
         finally:
-            self.func = func
+            self.call = call
 
     monkeypatch.setattr(handles.Record, "run", failing)
     with pytest.raises(MemoryError, match="no more"):

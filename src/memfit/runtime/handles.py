@@ -160,6 +160,7 @@ class Record:
     __slots__ = (
         "__weakref__",
         "arguments",
+        "call",
         "func",
         "has_gradients",
         "info",
@@ -176,7 +177,8 @@ class Record:
 
     def __init__(self, op: PlannedOp) -> None:
         self.order = 0
-        self.func: Callable[..., Any] = op.func
+        self.func = op.func
+        self.call = op.call
         self.info = op.info
         self.arguments: list[Any] = []
         self.keywords: dict[str, Any] | None = None
@@ -215,10 +217,10 @@ class Record:
         else:
             args, kwargs = self._opened(passing, stays=stays)
         if self.seed is None:
-            out = self.func(*args, **kwargs)
+            out = self.call(*args, **kwargs)
         else:
             with _generator_at(self, keep=stays):
-                out = self.func(*args, **kwargs)
+                out = self.call(*args, **kwargs)
         results = all_in(out)
         if self.writes:
             results = [*declared_writes(self.info, tuple(args), kwargs), *results]

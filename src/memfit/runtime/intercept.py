@@ -63,7 +63,7 @@ class PlannedOp(NamedTuple):
 
     Attributes:
         key: What frames count its calls by.
-        call: Runs it, without what ``OpOverload.__call__`` adds.
+        call: Runs it.
     """
 
     key: int
@@ -332,10 +332,9 @@ def _passed_on(op: PlannedOp, key: Any, keys: Any, *args: Any, **kwargs: Any) ->
 
     A number in the place of a tensor is taken only by a call from the start, which then is not told.
     """
-    for position in op.info.tensor_positions:
-        if position < len(args) and isinstance(args[position], (int, float, complex)):
-            with _included({key: False}):
-                return op.call(*args, **kwargs)
+    if _has_number(op.info, args):
+        with _included({key: False}):
+            return op.call(*args, **kwargs)
     return op.func._handle.redispatch_boxed(keys, *args, **kwargs)
 
 
@@ -368,7 +367,24 @@ def _name(func: OpOverload) -> str:
 
 
 def _op(func: OpOverload) -> PlannedOp:
-    return PlannedOp(id(func), func, func._op, op_info(func))
+    """An op, and how to run it, which is without what ``OpOverload.__call__`` adds.
+
+    A number in the place of a tensor comes as a number; most ops do not take that, but another overload does.
+    """
+    info, plainly = op_info(func), func._op
+    name = func._schema.name.partition("::")[2]
+    if not info.tensor_positions or torch._C._should_allow_numbers_as_tensors(name):
+        return PlannedOp(id(func), func, plainly, info)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (func.overloadpacket if _has_number(info, args) else plainly)(*args, **kwargs)
+
+    return PlannedOp(id(func), func, call, info)
+
+
+def _has_number(info: OpInfo, args: tuple[Any, ...]) -> bool:
+    """Whether a number stands in the place of a tensor."""
+    return any(i < len(args) and isinstance(args[i], (int, float, complex)) for i in info.tensor_positions)
 
 
 @cache
