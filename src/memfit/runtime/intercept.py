@@ -229,18 +229,17 @@ def _watching(base: str, overload: str) -> Callable[..., Any]:
             op = _op(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default"))
         if keyset.raw_repr() & elsewhere:
             return _passed_on(op, _WATCHED, keyset & after, *args, **kwargs)
-        _include(_WATCHED, False)
+        is_inner = _is_excluded(_ABOVE_KERNELS)
+        if is_inner or not (written := all_writes(op.info, args, kwargs)):
+            return _untold_call(op, args, kwargs)
+        listener = _get_obj_in_tls(_LISTENER)
+        begun = listener.begin_writes(written)
         try:
-            if _is_excluded(_ABOVE_KERNELS) or not (written := all_writes(op.info, args, kwargs)):
-                return op.call(*args, **kwargs)
-            listener = _get_obj_in_tls(_LISTENER)
-            begun = listener.begin_writes(written)
-            try:
-                return op.call(*args, **kwargs)
-            finally:
-                listener.end_writes(begun)
+            if _is_included(_LISTENING):  # it has heard of the call, and may hear of others made for it
+                return _passed_on(op, _WATCHED, keyset & after, *args, **kwargs)
+            return _untold_call(op, args, kwargs)
         finally:
-            _include(_WATCHED, True)
+            listener.end_writes(begun)
 
     return kernel
 
@@ -254,13 +253,18 @@ def _untold(base: str) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if keyset.raw_repr() & elsewhere or _is_included(_LISTENING):
             return _passed_on(op, _WATCHED, keyset & after, *args, **kwargs)
-        _include(_WATCHED, False)
-        try:
-            return op.call(*args, **kwargs)
-        finally:
-            _include(_WATCHED, True)
+        return _untold_call(op, args, kwargs)
 
     return kernel
+
+
+def _untold_call(op: PlannedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an op, and tells of no writes meanwhile."""
+    _include(_WATCHED, False)
+    try:
+        return op.call(*args, **kwargs)
+    finally:
+        _include(_WATCHED, True)
 
 
 def _listening(func: OpOverload) -> Callable[..., Any]:
