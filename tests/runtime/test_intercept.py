@@ -162,9 +162,7 @@ def test_an_op_that_raises_leaves_the_keys_as_they_were() -> None:
 # ---- what is heard is what was recorded ---------------------------------------------------------------
 
 
-# A factory within a kernel looks like one that Python calls; what resolves a conjugate is called below
-# autograd.
-_KNOWN = {"random_ops": "aten.empty_like.default", "dtype_views_and_complex": "aten.clone.default"}
+_KNOWN = {"dtype_views_and_complex": "aten.clone.default"}  # what resolves a conjugate is below autograd
 
 
 def _unlike(model: nn.Module, loss_fn: Any, batch: Any, known: str = "") -> dict[Any, tuple[int, int]]:

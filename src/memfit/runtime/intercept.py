@@ -13,8 +13,8 @@ Note [Spare keys]
     where the plan may name a call.
  4. The keys lie above autograd and autocast. Where autocast or functorch takes a call, it is let through: the
     call that they make of it comes by as well. Calls made inside another op's kernel, below autograd, are not
-    calls of the model. Those of factories (``torch.rand_like``) cannot be told from calls of the model, which
-    Python makes below autograd, too.
+    calls of the model. But Python calls factories (``torch.rand_like``) below autograd, too: such a call is
+    one of the model if the code that Python is in has the factory's name.
  5. Kernels stay registered, for the whole process: without the keys they are never run. Ops that come with
     a later import are looked for when something was imported.
  6. ``RECORDING`` has kernels for a few composite ops, for who records a step (``runtime/record.py``).
@@ -294,6 +294,9 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
     def kernel_of_factory(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         """Below autograd, where Python calls it, no version would be counted of what is held."""
         was_excluded = _is_excluded(_ABOVE_KERNELS)
+        if was_excluded and name not in sys._getframe(1).f_code.co_names:
+            with _included({_LISTENING: False}):
+                return op.call(*args, **kwargs)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             _exclude(_ABOVE_KERNELS, was_excluded)
@@ -308,6 +311,7 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
             _include(_LISTENING, True)
         return out
 
+    name = func._schema.name.partition("::")[2]
     if _is_factory(func):
         return kernel_of_factory
     return kernel_in_place if op.info.written else kernel
