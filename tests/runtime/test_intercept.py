@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from memfit.core.timeline import droppable
 from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard
@@ -222,3 +224,63 @@ def test_a_write_that_the_recording_had_not_is_as_in_the_plain_step(name: str) -
     graph = recorded(model, square_loss, quiet)
     for _, plan in plans_of(graph):
         assert_same(outcome(model, square_loss, busy), outcome(model, square_loss, busy, plan))
+
+
+# ---- modules in which no write is watched -------------------------------------------------------------
+
+
+def _reads_the_statistics_before(m: Any, x: Tensor) -> Any:
+    h = x * m.norm.running_var  # a record holds what the norm is about to write
+    return m.out(m.norm(h.sin()).cos())
+
+
+def _normalises_by_old_statistics_first(m: Any, x: Tensor) -> Any:
+    h = m.norm.eval()(x).sin()
+    return m.out(m.norm.train()(h).cos())
+
+
+def _reads_the_statistics_between(m: Any, x: Tensor) -> Any:
+    h = m.norm(x)
+    g = h.sin() * m.norm.running_mean
+    return m.out(m.norm(g).cos())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [_reads_the_statistics_before, _normalises_by_old_statistics_first, _reads_the_statistics_between],
+)
+def test_statistics_that_a_record_holds_are_watched_in_a_batch_norm(body: Any) -> None:
+    model = Net(body, norm=nn.BatchNorm1d(WIDTH), out=nn.Linear(WIDTH, WIDTH))
+    batch = floats()
+    graph = recorded(model, square_loss, batch)
+    plain = outcome(model, square_loss, batch)
+    for _, plan in plans_of(graph):
+        assert_same(plain, outcome(model, square_loss, batch, plan))
+        outside = [key for key in plan if key.frame != "norm" and not key.frame.startswith("norm#")]
+        assert_same(plain, outcome(model, square_loss, batch, outside))
+
+
+def test_a_mode_of_the_user_may_write_in_a_module_that_does_not() -> None:
+    class Scales(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.linear:
+                x.data.mul_(0.5)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+
+    def body(m: Any, batch: Tensor) -> Any:
+        nonlocal x
+        x = batch + 1.0
+        g = x * 2.0
+        with Scales():
+            h = m.lin(batch)
+        return m.out((g + 3.0).sin() + h + x.detach())
+
+    model = Net(body, lin=nn.Linear(WIDTH, WIDTH), out=nn.Linear(WIDTH, WIDTH))
+    batch = floats()
+    plain = outcome(model, square_loss, batch)
+    graph = recorded(model, square_loss, batch)
+    for _, plan in plans_of(graph):
+        outside = [key for key in plan if key.frame != "lin"]
+        assert_same(plain, outcome(model, square_loss, batch, outside))

@@ -24,13 +24,14 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -126,12 +127,11 @@ def stepped_aside(mode: TorchDispatchMode) -> Iterator[None]:
 
 def saves_through(
     regions: Collection[Region], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
-) -> AbstractContextManager[None]:
+) -> saved_tensors_hooks:
     """Hooks of saved tensors that the compiler leaves alone. See Note 2."""
     if regions:
         pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
-    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-    return hooks
+    return saved_tensors_hooks(pack, unpack)
 
 
 @contextmanager

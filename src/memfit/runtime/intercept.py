@@ -54,6 +54,7 @@ _FIRST = Lock()
 _LISTENER, _RECORDER = "memfit.listener", "memfit.recorder"
 _NAMES = ("TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper", "DeferredInit")
 _LISTENING, _WATCHED, _RECORDING = (_key(name) for name in _NAMES)
+_NUMBERS = (int, float, complex)
 _WRITE_THEIR_OWN = frozenset({"aten::scaled_dot_product_attention", "aten::dropout"})
 _ABOVE_KERNELS = torch._C.DispatchKey.ADInplaceOrView
 
@@ -115,6 +116,11 @@ def told_of_composites(around: Callable[..., Any], funcs: Iterable[OpOverload]) 
 def listen(is_on: bool) -> None:
     """From now on the listener is told, or not told, when a planned op is called."""
     _include(_LISTENING, is_on)
+
+
+def watch(is_on: bool) -> None:
+    """From now on the listener is told, or not told, of writes."""
+    _include(_WATCHED, is_on)
 
 
 def is_heard() -> bool:
@@ -271,17 +277,19 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
     """The kernel of an op that a plan has named. See Note 4."""
     after = torch._C._dispatch_keyset_full_after(_LISTENING)
     elsewhere = _taken_elsewhere()
-    op = _op(func)
+    op, writes = _op(func), is_writer(func._schema)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if keyset.raw_repr() & elsewhere:
             return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
         _include(_LISTENING, False)
+        _include(_WATCHED, writes)  # what any other op writes is its own
         try:
             if _is_excluded(_ABOVE_KERNELS):
                 return op.call(*args, **kwargs)
             return _get_obj_in_tls(_LISTENER).called(op, op.call, args, kwargs)
         finally:
+            _include(_WATCHED, True)
             _include(_LISTENING, True)
 
     def kernel_in_place(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -392,7 +400,10 @@ def _op(func: OpOverload) -> PlannedOp:
 
 def _has_number(info: OpInfo, args: tuple[Any, ...]) -> bool:
     """Whether a number stands in the place of a tensor."""
-    return any(i < len(args) and isinstance(args[i], (int, float, complex)) for i in info.tensor_positions)
+    for position in info.tensor_positions:
+        if position < len(args) and isinstance(args[position], _NUMBERS):
+            return True
+    return False
 
 
 @cache

@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.core.barriers import is_there
 from memfit.core.graph import Level, ValueKey
-from memfit.runtime.callsite import CallSites
+from memfit.runtime.callsite import CallSites, Frame
 from memfit.runtime.compiled import Region, arguments_of, entered, saves_through, unwritten
 from memfit.runtime.handles import (
     Handle,
@@ -60,7 +60,7 @@ from memfit.runtime.handles import (
     opened,
     window_onto,
 )
-from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard
+from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard, watch
 from memfit.runtime.opinfo import (
     OpInfo,
     all_in,
@@ -73,6 +73,7 @@ from memfit.runtime.opinfo import (
     tensors_in,
     written_statistics,
 )
+from memfit.runtime.savehooks import SaveHooks
 
 # number of each output to drop -> its level
 Dropped = Mapping[int, Level]
@@ -87,15 +88,22 @@ class Decisions:
         of_frames: For each frame what is planned there.
         funcs: The ops that are named anywhere.
         in_levels: Whether something may be made in passing.
+        saved_in: The frames in which what is recomputed is saved; None: it may be any.
     """
 
-    __slots__ = ("_replayer", "funcs", "in_levels", "of_frames")
+    __slots__ = ("_replayer", "funcs", "in_levels", "of_frames", "saved_in")
 
     def __init__(
-        self, of_frames: Mapping[str, Planned], funcs: frozenset[OpOverload], *, in_levels: bool
+        self,
+        of_frames: Mapping[str, Planned],
+        funcs: frozenset[OpOverload],
+        *,
+        in_levels: bool,
+        saved_in: frozenset[str] | None,
     ) -> None:
         self.of_frames = of_frames
         self.funcs = funcs
+        self.saved_in = saved_in
         self.in_levels = in_levels
         self._replayer: Replayer | None = None
 
@@ -127,13 +135,21 @@ class _Write:
 
 
 class _Running:
-    """An op that is being recorded: what it was given as it is, and what is saved of its outputs."""
+    """An op that is being recorded.
 
-    __slots__ = ("early", "given")
+    ``reads`` are the handles among its arguments, ``given`` the storages it was given as they are,
+    ``early`` what is saved of its outputs before it returns. One argument that is not plain, and the op
+    could not be run again.
+    """
 
-    def __init__(self, given: set[int]) -> None:
-        self.given = given
+    __slots__ = ("early", "given", "is_plain", "reads", "record")
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.reads: dict[Handle, None] = {}
+        self.given: set[int] = set()
         self.early: list[tuple[int, Window, Tensor]] = []
+        self.is_plain = True
 
 
 class Replayer:
@@ -142,7 +158,10 @@ class Replayer:
     def __init__(self, model: nn.Module, decisions: Decisions) -> None:
         self._model = model
         self._decisions = decisions
-        self._sites: CallSites[Planned] = CallSites(model, decisions.of_frames, listen)
+        self._sites: CallSites[Planned] = CallSites(
+            model, decisions.of_frames, saved_in=decisions.saved_in, moves=self._move, minds=self._minds
+        )
+        self._saves = SaveHooks(saves_through((), self._pack, self._unpack))
         self._dropped: dict[int, Handle] = {}
         self._held: dict[int, list[weakref.ref[Held]]] = {}
         self._pins: list[int] = []
@@ -165,7 +184,9 @@ class Replayer:
         self._stack.enter_context(self._sites)
         if self._sites.regions:
             self._stack.enter_context(entered(self._sites.regions, self._around))
-        self._stack.enter_context(saves_through(self._sites.regions, self._pack, self._unpack))
+            self._saves = SaveHooks(saves_through(self._sites.regions, self._pack, self._unpack))
+        self._stack.enter_context(self._saves)
+        self._saves.set(is_on=self._sites.current.has_saves)
         self._stack.enter_context(told(self, calls=self._sites.current.decisions is not None))
         return self
 
@@ -182,6 +203,25 @@ class Replayer:
         self._is_entered = False
 
     # ---- forward ------------------------------------------------------------------------------------
+
+    def _move(self, frame: Frame[Planned]) -> None:
+        """The forward goes on in another frame, where other things are to be told."""
+        now = self._sites.current
+        if (frame.decisions is None) is not (now.decisions is None):
+            listen(frame.decisions is not None)
+        if frame.is_watched is not now.is_watched:
+            watch(frame.is_watched)
+        if frame.has_saves is not now.has_saves:
+            self._saves.set(is_on=frame.has_saves)
+
+    def _minds(self, buffers: Iterable[Tensor | None]) -> bool:
+        """Whether writes to some buffers have to be told of: a record holds one."""
+        for buffer in buffers:
+            if buffer is not None:
+                address = _address(buffer)
+                if address in self._held or address in self._dropped:
+                    return True
+        return False
 
     def _around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a region that torch.compile hides. See Note 8."""
@@ -217,67 +257,69 @@ class Replayer:
         if self._writes:
             self._begin_versions()
         written = declared_writes(info, args, kwargs) if info.written else []
-        given = all_in([*args, *kwargs.values()] if kwargs else args)
-        if self._has_blanks:
+        if self._has_blanks or self._sites.is_sharded:
+            given = all_in([*args, *kwargs.values()])
             self._hold_blanks(info, given, written)
-        if self._sites.is_sharded:
             self._hold_barriers(given)
-        if not self._can_record(info, given, kwargs, written):
+        running = self._begin_record(op, args, kwargs, written)
+        if running is None:
             return call(*args, **kwargs)
-        record = self._record(op, args, kwargs, written)
-        addresses = {tensor.untyped_storage()._cdata for tensor in given}
-        addresses.difference_update(map(_address, written))
-        outer, running = self._running, _Running(addresses)
-        self._running = running
+        outer, self._running = self._running, running
         try:
             out = call(*args, **kwargs)
         finally:
             self._running = outer
-        record.order = self._order  # after those of calls that autograd has made for it
+        running.record.order = self._order  # after those of calls that autograd has made for it
         self._order += 1
         results = [*written, *all_in(out)] if written else all_in(out)
-        self._make_handles(record, results, dropped, is_blank=info.makes_blank and makes_blank(info, written))
+        is_blank = info.makes_blank and makes_blank(info, written)
+        self._make_handles(running.record, results, dropped, is_blank=is_blank)
         if running.early:
             self._find_handles(running.early)
         return out
 
-    def _record(
+    def _begin_record(
         self, op: PlannedOp, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
-    ) -> Record:
-        """What it takes to run a call again, as it is now."""
+    ) -> _Running | None:
+        """What it takes to run a call again, as it is now.
+
+        None where that would not do the same, or could not reach every argument.
+        """
+        info = op.info
+        if not info.may_replay or (kwargs and has_own_generator(kwargs)):
+            return None
+        if written and not all(_address(tensor) in self._dropped for tensor in written):
+            return None
         record = Record(op)
-        reads: dict[Handle, None] = {}
-        statistics = written_statistics(op.info, args)
+        running = _Running(record)
+        statistics = written_statistics(info, args)
         if statistics:
             record.statistics, record.is_flat = statistics, False
             # Their value is not read, so they are taken as they are then.
             args = tuple(Held(item, None) if i in statistics else item for i, item in enumerate(args))
-        record.arguments = [self._stand_in(item, reads, record) for item in args]
+        record.arguments = [self._stand_in(item, running) for item in args]
         if kwargs:
-            record.keywords = {name: self._stand_in(value, reads, record) for name, value in kwargs.items()}
+            record.keywords = {name: self._stand_in(value, running) for name, value in kwargs.items()}
             record.is_flat = record.is_flat and not all_in([*kwargs.values()])
+        if not running.is_plain:
+            return None
         if written:
             record.writes = [self._dropped[_address(tensor)] for tensor in written]
             record.is_flat = False
-        record.reads = tuple(reads)
-        reference = weakref.ref(record)
-        for handle in reads:
-            handle.readers = handle.readers or []
-            handle.readers.append(reference)
-        if op.info.is_random and draws_random_numbers(op.info, op.func, args, kwargs):
+            running.given.difference_update(map(_address, written))
+        if running.reads:
+            record.reads, reference = tuple(running.reads), weakref.ref(record)
+            for handle in record.reads:
+                handle.readers = handle.readers or []
+                handle.readers.append(reference)
+        if info.is_random and draws_random_numbers(info, op.func, args, kwargs):
             record.seed = generator_state(_device_of(args, kwargs))
-        return record
-
-    def _can_record(
-        self, info: OpInfo, given: list[Tensor], kwargs: dict[str, Any], written: list[Tensor]
-    ) -> bool:
-        """Whether a replay would do the same, and could reach every argument as it is now."""
-        if not info.may_replay or (kwargs and has_own_generator(kwargs)):
-            return False
-        return all(map(is_plain, given)) and all(_address(t) in self._dropped for t in written)
+        return running
 
     def _hold_blanks(self, info: OpInfo, given: list[Tensor], written: list[Tensor]) -> None:
         """Takes blank memory out of the plan if the op looks at it. See Note 7."""
+        if not self._has_blanks:
+            return
         unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
         for tensor in given:
             found = self._dropped.get(_address(tensor))
@@ -286,6 +328,8 @@ class Replayer:
 
     def _hold_barriers(self, given: list[Tensor]) -> None:
         """Takes out of the plan what could not be made again for the op. See Note 9."""
+        if not self._sites.is_sharded:
+            return
         stretch = self._sites.current.stretch
         for tensor in given:
             address = _address(tensor)
@@ -299,38 +343,45 @@ class Replayer:
     ) -> None:
         """Gives the dropped outputs handles that know how to make them again."""
         self._has_blanks |= is_blank
+        stretch = self._sites.current.stretch
         for number, level in dropped.items():
-            if number < len(results) and is_plain(results[number]):
-                handle = Handle(record, geometry_of(results[number]))
+            if number < len(results) and is_plain(result := results[number]):
+                handle = Handle(record, geometry_of(result))
                 handle.level = level
-                handle.stretch = self._sites.current.stretch
+                handle.stretch = stretch
                 handle.is_blank = is_blank
                 record.outputs.append((number, weakref.ref(handle)))
-                block = results[number].untyped_storage()
+                block = result.untyped_storage()
                 self._dropped[block._cdata] = handle
                 self._pins.append(block._weak_ref())  # type: ignore[arg-type]  # keeps the address
 
-    def _stand_in(self, item: Any, reads: dict[Handle, None], record: Record) -> Any:
+    def _stand_in(self, item: Any, running: _Running) -> Any:
         """What a record has in place of an argument; handles behind windows are noted."""
         if isinstance(item, Tensor):
+            if not is_plain(item):
+                running.is_plain = False
+                return item
             address = item.untyped_storage()._cdata
+            running.given.add(address)
             handle = self._dropped.get(address)
             if handle is None:
                 return self._hold(item, address)
-            reads[handle] = None
+            running.reads[handle] = None
             return window_onto(handle, item)
         if type(item) in _LISTS and all_in(item):
-            record.is_flat = False
-            return type(item)(self._stand_in(part, reads, record) for part in item)
+            running.record.is_flat = False
+            return type(item)(self._stand_in(part, running) for part in item)
         return item
 
     def _hold(self, tensor: Tensor, address: int) -> Held:
         """What is not dropped is held from now on, without its graph."""
         kept = Held(tensor.detach(), _version_of(tensor))
-        if any(write.address == address and not write.has_happened() for write in self._writes):
+        if self._writes and any(w.address == address and not w.has_happened() for w in self._writes):
             _hold_copies([kept])
+        elif address in self._held:
+            self._held[address].append(weakref.ref(kept))
         else:
-            self._held.setdefault(address, []).append(weakref.ref(kept))
+            self._held[address] = [weakref.ref(kept)]
         return kept
 
     def begin_writes(self, tensors: list[Tensor]) -> int:
@@ -482,8 +533,12 @@ def _unseen() -> Iterator[None]:
         yield
 
 
-def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ()) -> Decisions:
-    """A plan's values to recompute, arranged for the hot path."""
+def decisions_of(
+    recomputed: Iterable[ValueKey],
+    levels: Collection[Level] = (),
+    saved_in: frozenset[str] | None = None,
+) -> Decisions:
+    """A plan's values to recompute, arranged for the hot path; ``saved_in`` as of :class:`Decisions`."""
     found: dict[str, dict[int, dict[int, dict[int, Level]]]] = {}
     funcs: set[OpOverload] = set()
     for key, level in zip(recomputed, chain(levels, repeat(Level())), strict=False):
@@ -492,7 +547,8 @@ def decisions_of(recomputed: Iterable[ValueKey], levels: Collection[Level] = ())
         func = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         funcs.add(func)
         found.setdefault(frame, {}).setdefault(id(func), {}).setdefault(nth, {})[output] = level
-    return Decisions(found, frozenset(funcs), in_levels=any(level != Level() for level in levels))
+    in_levels = any(level != Level() for level in levels)
+    return Decisions(found, frozenset(funcs), in_levels=in_levels, saved_in=saved_in)
 
 
 def _without_graph(tensor: Tensor) -> Tensor:
@@ -514,12 +570,6 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
     return next((t.device for t in tensors_in([*args, *kwargs.values()])), torch.device("cpu"))
-
-
-def _generator_state(device: torch.device) -> tuple[torch.device, Tensor]:
-    """The state of a device's default generator."""
-    state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-    return device, state
 
 
 def _modified(what: str) -> str:

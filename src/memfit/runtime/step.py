@@ -51,6 +51,7 @@ from memfit.core.costs import at_speed
 from memfit.core.frontier import fallbacks
 from memfit.core.graph import Profile, in_blocks
 from memfit.core.plan import Plan, find_plan
+from memfit.core.saving import saved_in
 from memfit.errors import InexactAccumulation, InfeasibleBudget, VerificationFailed
 from memfit.runtime.accumulate import Accumulation
 from memfit.runtime.batch import rows_of, tensors_of
@@ -168,7 +169,7 @@ class Step:
         self._ranks = self._engine.ranks
         self._together = together_of(accumulation, self._engine)
         self._effective: Effective | None = None
-        self._decisions = decisions_of(plan.recompute, plan.levels)
+        self._decisions = self._decided(plan)
         self._unverified = _VERIFIED_STEPS
         self._untimed = True
         self._most_items = 0
@@ -364,7 +365,7 @@ class Step:
             _log.info("planning again: %s", error)
             return error.needed_bytes
         self.profile = replace(self.profile, audit=self.audit)
-        self._decisions = decisions_of(self.plan.recompute, self.plan.levels)
+        self._decisions = self._decided(self.plan)
         return None
 
     def _same_plan(self, find: Callable[[], Plan]) -> Plan:
@@ -475,7 +476,7 @@ class Step:
     def _tried(self, batch: Any, plan: Plan) -> Tensor | None:
         """The batch under a plan; None if memory has run out again."""
         try:
-            decisions = decisions_of(plan.recompute, plan.levels)
+            decisions = self._decided(plan)
             self._engine.begin()
             return self._run_under(batch, plan.micro_batch_size, decisions)
         except InexactAccumulation as error:
@@ -501,7 +502,12 @@ class Step:
         self.verdict = None  # it was about another plan
         self.plan = replace(plan, budget_bytes=budget_bytes)
         self.profile = replace(self.profile, audit=self.audit)  # it may have been made for the lower plan
-        self._decisions = decisions_of(plan.recompute, plan.levels)
+        self._decisions = self._decided(plan)
+
+    def _decided(self, plan: Plan) -> Decisions:
+        """A plan for the hot path."""
+        graph = self.profile.graph(plan.micro_batch_size)
+        return decisions_of(plan.recompute, plan.levels, saved_in(graph, plan.recompute))
 
     def _make_room(self) -> None:
         """Gives back what nobody uses any more."""
