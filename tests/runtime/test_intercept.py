@@ -23,6 +23,8 @@ from models import step_outcome as outcome
 class Listening:
     """Notes what it is told."""
 
+    is_listening = True
+
     def __init__(self) -> None:
         self.writes: list[Tensor] = []
         self.ended = 0
@@ -179,7 +181,10 @@ def _unlike(model: nn.Module, loss_fn: Any, batch: Any, known: str = "") -> dict
     class Noting(Replayer):
         def called(self, op: Any, call: Any, args: Any, kwargs: Any) -> Any:
             heard[self._sites.current.name, str(op.func)] += 1
-            return super().called(op, call, args, kwargs)
+            try:
+                return super().called(op, call, args, kwargs)
+            finally:
+                self._listen(True)  # to the end of the frame
 
     torch.manual_seed(11)  # as where it was recorded
     with Noting(model, decisions_of(plan)):
@@ -198,6 +203,29 @@ def test_every_planned_call_of_a_case_is_heard_once(name: str) -> None:
 def test_every_planned_call_of_a_model_is_heard_once(name: str) -> None:
     zoo = ZOO[name]
     assert _unlike(zoo.build(1).train(), zoo.loss, zoo.batch(4, 1)) == {}
+
+
+def test_after_the_last_planned_call_of_a_frame_no_call_in_it_is_told() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        x = m.first((x * m.scale).sin().sin().cos()).sin()
+        return m.second(x).sin()
+
+    names: list[str] = []
+
+    class Noting(Replayer):
+        def called(self, op: Any, call: Any, args: Any, kwargs: Any) -> Any:
+            names.append(f"{self._sites.current.name}: {op.func}")
+            return super().called(op, call, args, kwargs)
+
+    tanh = nn.Sequential(nn.Tanh(), nn.Tanh())
+    model = Net(body, first=tanh, second=nn.Tanh(), scale=nn.Parameter(torch.ones(WIDTH)))
+    graph = recorded(model, square_loss, floats())
+    wanted = {("model", "aten.sin.default", 1), ("first.1", "aten.tanh.default", 0)}
+    plan = [key for key in keys(graph, droppable(graph)) if key[:3] in wanted]
+    with Noting(model, decisions_of(plan)):
+        square_loss(model, floats())
+    told_of = ["model: aten.sin.default", "model: aten.sin.default", "first.1: aten.tanh.default"]
+    assert [name for name in names if "sin." in name or "tanh" in name] == told_of
 
 
 # ---- what no recording has seen -----------------------------------------------------------------------

@@ -36,10 +36,11 @@ Buffers = dict[str, Tensor | None]
 class Frame(Generic[D]):
     """One module call: how often each op was called in it, and what the plan says about those.
 
-    ``is_watched``: writes in it may be to anything. ``has_saves``: what autograd saves in it may be dropped.
+    ``heard`` of its calls were decided about so far. ``is_watched``: writes in it may be to anything.
+    ``has_saves``: what autograd saves in it may be dropped.
     """
 
-    __slots__ = ("counts", "decisions", "has_saves", "is_watched", "name", "stretch")
+    __slots__ = ("counts", "decisions", "has_saves", "heard", "is_watched", "name", "stretch")
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Frame(Generic[D]):
         self.decisions = decisions
         self.is_watched = is_watched
         self.has_saves = has_saves
+        self.heard = 0
         self.counts: dict[Any, int] = {}
 
     def occurrence(self, func: OpOverload | str | int) -> int:

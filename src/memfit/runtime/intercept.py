@@ -74,7 +74,9 @@ class PlannedOp(NamedTuple):
 
 
 class Listener(Protocol):
-    """Who is told."""
+    """Who is told; of planned ops while it ``is_listening``."""
+
+    is_listening: bool
 
     def begin_writes(self, tensors: list[Tensor]) -> int:
         """Some tensors are about to be written to; a number for :meth:`end_writes`."""
@@ -284,13 +286,14 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
             return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
         _include(_LISTENING, False)
         _include(_WATCHED, writes)  # what any other op writes is its own
+        listener = _get_obj_in_tls(_LISTENER)
         try:
             if _is_excluded(_ABOVE_KERNELS):
                 return op.call(*args, **kwargs)
-            return _get_obj_in_tls(_LISTENER).called(op, op.call, args, kwargs)
+            return listener.called(op, op.call, args, kwargs)
         finally:
             _include(_WATCHED, True)
-            _include(_LISTENING, True)
+            _include(_LISTENING, listener.is_listening)
 
     def kernel_in_place(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         """For one that writes autograd may call others, such as a clone of what it overwrites."""
@@ -310,14 +313,14 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
             _exclude(_ABOVE_KERNELS, was_excluded)
             return op.call(*args, **kwargs)
 
+        listener = _get_obj_in_tls(_LISTENER)
         _include(_LISTENING, False)
         _exclude(_ABOVE_KERNELS, False)
         try:
-            out = _get_obj_in_tls(_LISTENER).called(op, call, args, kwargs)
+            return listener.called(op, call, args, kwargs)
         finally:
             _exclude(_ABOVE_KERNELS, was_excluded)
-            _include(_LISTENING, True)
-        return out
+            _include(_LISTENING, listener.is_listening)
 
     name = func._schema.name.partition("::")[2]
     if _is_factory(func):

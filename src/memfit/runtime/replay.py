@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,13 @@ from memfit.runtime.savehooks import SaveHooks
 
 # number of each output to drop -> its level
 Dropped = Mapping[int, Level]
-# identity of an op -> occurrence -> outputs to drop
-Planned = Mapping[int, Mapping[int, Dropped]]
+
+
+class Planned(NamedTuple):
+    """What is planned in one frame: identity of an op -> occurrence -> outputs to drop; how many calls."""
+
+    of_ops: Mapping[int, Mapping[int, Dropped]]
+    calls: int
 
 
 class Decisions:
@@ -173,6 +178,7 @@ class Replayer:
         self._lock = threading.RLock()
         self._stack = ExitStack()
         self._is_entered = False
+        self.is_listening = False
 
     def is_free_for(self, model: nn.Module) -> bool:
         """Whether it can be entered for a forward of a model."""
@@ -187,7 +193,8 @@ class Replayer:
             self._saves = SaveHooks(saves_through(self._sites.regions, self._pack, self._unpack))
         self._stack.enter_context(self._saves)
         self._saves.set(is_on=self._sites.current.has_saves)
-        self._stack.enter_context(told(self, calls=self._sites.current.decisions is not None))
+        self.is_listening = _has_more(self._sites.current)
+        self._stack.enter_context(told(self, calls=self.is_listening))
         return self
 
     def __exit__(
@@ -206,13 +213,18 @@ class Replayer:
 
     def _move(self, frame: Frame[Planned]) -> None:
         """The forward goes on in another frame, where other things are to be told."""
-        now = self._sites.current
-        if (frame.decisions is None) is not (now.decisions is None):
-            listen(frame.decisions is not None)
+        now, has_more = self._sites.current, _has_more(frame)
+        if has_more is not self.is_listening:
+            self._listen(has_more)
         if frame.is_watched is not now.is_watched:
             watch(frame.is_watched)
         if frame.has_saves is not now.has_saves:
             self._saves.set(is_on=frame.has_saves)
+
+    def _listen(self, is_on: bool) -> None:
+        """Is to be told of planned ops from now on, or not."""
+        self.is_listening = is_on
+        listen(is_on)
 
     def _minds(self, buffers: Iterable[Tensor | None]) -> bool:
         """Whether writes to some buffers have to be told of: a record holds one."""
@@ -235,13 +247,17 @@ class Replayer:
     def called(
         self, op: PlannedOp, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Runs an op that is planned somewhere, maybe here."""
+        """Runs an op that is planned somewhere, maybe here; after the last one of a frame none is told of."""
         frame = self._sites.current
-        planned = frame.decisions.get(op.key) if frame.decisions is not None else None
+        planned = frame.decisions.of_ops.get(op.key) if frame.decisions is not None else None
         if planned is not None:
             dropped = planned.get(frame.occurrence(op.key))
             if dropped is not None:
-                return self._run_recorded(op, call, args, kwargs, dropped)
+                out = self._run_recorded(op, call, args, kwargs, dropped)
+                frame.heard += 1
+                if not _has_more(frame):
+                    self._listen(False)
+                return out
         return call(*args, **kwargs)
 
     def _run_recorded(
@@ -498,6 +514,11 @@ class Replayer:
         return next((f"'{name}'" for name, t in named if _address(t) == address), "an input of the step")
 
 
+def _has_more(frame: Frame[Planned]) -> bool:
+    """Whether calls are planned in a frame that have not come yet."""
+    return frame.decisions is not None and frame.heard < frame.decisions.calls
+
+
 _LISTS = (list, tuple)
 _NOTHING_YET = made(torch.empty(0))
 
@@ -548,7 +569,8 @@ def decisions_of(
         funcs.add(func)
         found.setdefault(frame, {}).setdefault(id(func), {}).setdefault(nth, {})[output] = level
     in_levels = any(level != Level() for level in levels)
-    return Decisions(found, frozenset(funcs), in_levels=in_levels, saved_in=saved_in)
+    of_frames = {frame: Planned(of_ops, sum(map(len, of_ops.values()))) for frame, of_ops in found.items()}
+    return Decisions(of_frames, frozenset(funcs), in_levels=in_levels, saved_in=saved_in)
 
 
 def _without_graph(tensor: Tensor) -> Tensor:
