@@ -12,7 +12,7 @@ export KINETO_LOG_LEVEL ?= 6
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check check-cuda bench bench-gpu rivals measures docs families faults heads lightning ranks restarts rescue matrix trainer tutorial zoo clean
+.PHONY: help .venv demo test check check-cuda bench bench-gpu rivals measures docs families faults heads lightning operators ranks restarts rescue matrix trainer tutorial zoo clean
 
 help:  ## Show the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -65,6 +65,10 @@ measures: $(STAMP) families  ## Measure the other figures of README and docs: ho
 
 zoo: $(STAMP)  ## Every model at three budgets, against the plain step and the allocator: about 30 minutes
 	OMP_NUM_THREADS=1 $(PY) benchmarks/zoo.py --out benchmarks/results/$(TODAY)_cpu_zoo.json
+	$(PY) benchmarks/render.py
+
+operators: $(STAMP)  ## Every operator of PyTorch in a step that recomputes all it can: about 2 minutes
+	OMP_NUM_THREADS=1 $(PY) benchmarks/operator_database.py --out benchmarks/results/$(TODAY)_cpu_operators.json
 	$(PY) benchmarks/render.py
 
 families: $(STAMP)  ## Whole steps of many transformers families: predicted against measured peak

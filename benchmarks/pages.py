@@ -164,6 +164,26 @@ def _audit(where: str) -> str:
     return _table("model | loss | rows x tokens | the audit takes", rows, "audit_cost", where)
 
 
+def _operators(where: str) -> str:
+    found = newest("operators")[0]
+    samples = found["samples"]
+    told = [f"{row['sample']}: {row['reason'] or row['status']}" for row in found["reasons"]]
+    row = (
+        found["operators"],
+        found["kinds_recomputed"],
+        samples.get("equal", 0),
+        samples.get("differs", 0),
+        samples.get("raises", 0),
+        samples.get("no step", 0),
+        ", ".join(f"`{name}`" for name in told) or "none",
+    )
+    head = (
+        "operators | kinds of ops recomputed | samples bitwise equal | different | raising where the plain "
+        "step does not | where the plain step raises | without a judgement"
+    )
+    return _table(head, [row], "operators", where)
+
+
 def _faults(where: str) -> str:
     found = newest("faults")[0]
     rows = ((row["fault"], f"{row['cases']:,}", _counts(row["counts"]), len(row["wrong"])) for row in found)
@@ -270,6 +290,7 @@ _TABLES: dict[str, Callable[[str], str]] = {
     "heads": _heads,
     "audit": _audit,
     "faults": _faults,
+    "operators": _operators,
     "peers": _peers,
     "peers_reach": _peers_reach,
     "peers_compiler": _peers_compiler,

@@ -18,8 +18,8 @@ import torch
 import memfit
 
 
-def publish(doc: str | None, measure: Callable[[], Any]) -> None:
-    """The command line of a benchmark: measures, prints, and writes with ``--out FILE``."""
+def publish(doc: str | None, measure: Callable[[], Any]) -> Any:
+    """The command line of a benchmark: measures, prints, and writes with ``--out FILE``; what it measured."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -27,6 +27,7 @@ def publish(doc: str | None, measure: Callable[[], Any]) -> None:
     print(json.dumps(rows, indent=1))
     if options.out:
         options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+    return rows
 
 
 def provenance() -> dict[str, Any]:

@@ -25,6 +25,7 @@ def table() -> str:
     lines = ["| what | measured | run |", "|---|---|---|"]
     for part in (
         _promises(),
+        _operators(),
         _families(),
         _accumulation(),
         _heads(),
@@ -70,6 +71,21 @@ def _promises() -> list[Row]:
             run,
         ),
         ("first prediction over measured peak: lowest, median, highest", zoo_tables.spread(zoo), run),
+    ]
+
+
+def _operators() -> list[Row]:
+    """Every operator that PyTorch has samples of."""
+    found, run = newest("operators")
+    samples = found["samples"]
+    steps = samples["equal"] + samples.get("differs", 0) + samples.get("raises", 0)
+    return [
+        (
+            f"samples of {found['operators']} operators from PyTorch's own database, each in a step that "
+            "recomputes all it can: gradients against the plain step",
+            f"{samples['equal']:,} of {steps:,} bitwise equal",
+            run,
+        )
     ]
 
 

@@ -154,6 +154,11 @@ def number_bytes(info: OpInfo, args: tuple[Any, ...]) -> int:
     return sum(16 if isinstance(n, complex) else 8 for n in numbers if isinstance(n, (int, float, complex)))
 
 
+def strides_of(tensor: Tensor) -> object:
+    """Its strides, or, where it has none, its layout."""
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+
+
 def covers_storage(tensor: Tensor) -> bool:
     """Whether a tensor without overlaps is the whole of its storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

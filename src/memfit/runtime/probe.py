@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memfit.core.devices import Roofline
 from memfit.runtime.meter import PROFILER, PeakMeter, quiet_kineto
-from memfit.runtime.opinfo import map_tensors, tensors_in
+from memfit.runtime.opinfo import map_tensors, strides_of, tensors_in
 
 
 class OpCost(NamedTuple):
@@ -157,7 +157,7 @@ class MaterialProbe(RooflineProbe):
 
 def _look(tensor: Tensor) -> object:
     """What decides what an op allocates for a tensor."""
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return tuple(tensor.shape), strides_of(tensor), tensor.dtype
 
 
 class CpuProbe:

@@ -71,6 +71,7 @@ from memfit.runtime.opinfo import (
     number_bytes,
     op_info,
     overwrites_all,
+    strides_of,
     tensors_in,
     written_statistics,
 )
@@ -816,7 +817,7 @@ def _view_of(whole: Tensor, like: Tensor) -> Tensor:
 def _shapes(arguments: Iterable[Any]) -> tuple[object, ...]:
     """What decides an op's cost: shapes, strides and types of tensors, other arguments as they are."""
     return tuple(
-        (tuple(t.shape), t.stride(), t.dtype)
+        (tuple(t.shape), strides_of(t), t.dtype)
         if isinstance(t, Tensor)
         else tuple((tuple(x.shape), x.dtype) for x in tensors_in(t))
         if isinstance(t, (list, tuple)) and any(True for _ in tensors_in(t))
