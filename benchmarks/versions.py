@@ -21,9 +21,11 @@ OLDEST_AND_NEWEST = ["2.10.0:5.0.0", "2.15.0:5.23.0"]
 TESTS = [
     *("tests/test_record.py", "tests/test_fit_errors.py"),
     *("tests/runtime", "tests/test_precision.py", "tests/test_step.py", "tests/test_replay.py"),
+    *("tests/test_saving.py", "tests/test_operators.py"),
     *("tests/core/test_export.py", "tests/test_families.py"),
 ]
-OTHERS = ["numpy", "scipy", "rich", "typer", "safetensors", "accelerate", "pytest", "hypothesis", "PyYAML"]
+OTHERS = ["numpy", "scipy", "rich", "typer", "safetensors", "accelerate", "PyYAML"]
+OTHERS += ["pytest", "hypothesis", "expecttest"]
 
 
 def main() -> int:
