@@ -4,8 +4,7 @@ A frame is ``"name"`` for the first call of a module in a forward and ``"name#2"
 control flow that changes between steps moves only the keys of what it skips. Ops of the loss function
 itself are in the frame ``""``.
 
-A frame also tells whether writes have to be watched there (not in modules of torch that write to their own
-buffers only, if nobody minds), and whether something that is recomputed may be saved there.
+A frame also tells whether something that is recomputed may be saved there.
 
 What FSDP does in the hooks of a sharded module (gather, free, reduce) is no op of the model: it runs in a
 frame without decisions, ``COMMUNICATION``. A frame knows its stretch too, see ``core/barriers.py``.
@@ -13,34 +12,32 @@ frame without decisions, ``COMMUNICATION``. A frame knows its stretch too, see `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from types import TracebackType
+import copy
+from collections.abc import Callable, Collection, Mapping
+from types import MethodType, TracebackType
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils.hooks import RemovableHandle
 
 from memfit.core.barriers import Stretch
 from memfit.core.graph import COMMUNICATION
 from memfit.runtime.compiled import Region, compiled_regions, modules_inside
-from memfit.runtime.modules import marks_of, named_modules_of, writes_to_its_own
+from memfit.runtime.modules import marks_of, named_modules_of
 from memfit.runtime.sharding import sharded_modules
 
 D = TypeVar("D")
 Forward = Callable[..., Any]
-Buffers = dict[str, Tensor | None]
 
 
 class Frame(Generic[D]):
     """One module call: how often each op was called in it, and what the plan says about those.
 
-    ``heard`` of its calls were decided about so far. ``is_watched``: writes in it may be to anything.
-    ``has_saves``: what autograd saves in it may be dropped.
+    ``heard`` of its calls were decided about so far. ``has_saves``: what autograd saves in it may be dropped.
     """
 
-    __slots__ = ("counts", "decisions", "has_saves", "heard", "is_watched", "name", "stretch")
+    __slots__ = ("counts", "decisions", "has_saves", "heard", "name", "stretch")
 
     def __init__(
         self,
@@ -48,13 +45,11 @@ class Frame(Generic[D]):
         decisions: D | None,
         stretch: Stretch = (),
         *,
-        is_watched: bool = True,
         has_saves: bool = True,
     ) -> None:
         self.name = name
         self.stretch = stretch
         self.decisions = decisions
-        self.is_watched = is_watched
         self.has_saves = has_saves
         self.heard = 0
         self.counts: dict[Any, int] = {}
@@ -64,6 +59,27 @@ class Frame(Generic[D]):
         nth = self.counts.get(func, 0)
         self.counts[func] = nth + 1
         return nth
+
+
+class _Followed:
+    """The forward of a module while it is followed; a copy of the module has the module's own."""
+
+    def __init__(self, module: nn.Module, call: Forward) -> None:
+        self._module = module
+        self._call = call
+        self._former = module.__dict__.get("forward")
+        self.__wrapped__ = module.forward  # for who reads its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs it."""
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What belongs into the copy of the module."""
+        if self._former is not None:
+            return copy.deepcopy(self._former, memo)
+        twin = memo.get(id(self._module))
+        return self.__wrapped__ if twin is None else MethodType(type(twin).forward, twin)
 
 
 class CallSites(Generic[D]):
@@ -79,7 +95,8 @@ class CallSites(Generic[D]):
         decisions: For each frame what is decided there; None: every module call gets a frame.
         saved_in: The frames in which what is recomputed may be saved; None: any.
         moves: Told of the frame of the ops that follow, while ``current`` is still the one before.
-        minds: Asked whether writes to some buffers have to be told of; None: it does not matter.
+        follows: Asked whether calls are to be followed where they are made, which may be another thread;
+            None: always.
     """
 
     def __init__(
@@ -89,17 +106,16 @@ class CallSites(Generic[D]):
         *,
         saved_in: Collection[str] | None = None,
         moves: Callable[[Frame[D]], None] | None = None,
-        minds: Callable[[Iterable[Tensor | None]], bool] | None = None,
+        follows: Callable[[], bool] | None = None,
     ) -> None:
         self._model = model
         self._decisions = decisions or {}
-        self._decided = {frame.partition("#")[0] for frame in self._decisions}
-        self._asked = None if decisions is None else self._decided
+        self._asked = None if decisions is None else {frame.partition("#")[0] for frame in decisions}
         self._saved_in = saved_in
         self._moves = moves
-        self._minds = minds
+        self._follows = follows
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[dict[str, Any], Forward, Forward | None]] = []
+        self._replaced: list[tuple[dict[str, Any], _Followed, Forward | None]] = []
         self._marks: list[Any] = []
         self._sharded: list[tuple[nn.Module, str, Stretch]] = []
         self._calls: dict[str, int] = {}
@@ -146,33 +162,32 @@ class CallSites(Generic[D]):
         self._replaced.clear()
         self._sharded.clear()
         names = {module: name for name, module in named_modules_of(self._model) if id(module) not in hidden}
-        # Sharded: each frame has to know its stretch
-        asked = None if sharded or self._saved_in is not None else self._asked
-        wanted = names if asked is None else _within(names, asked)
+        # Sharded: each frame has to know its stretch, and any may save
+        asked = self._asked if not sharded else None
+        within = names if asked is None else _within(names, asked)
+        saved_in = {frame.partition("#")[0] for frame in self._saved_in or ()}
         for module, name in names.items():
+            name = name or "model"
             if module in sharded:
                 self._sharded.append((module, name, sharded[module]))
-                continue
-            name = name or "model"
-            is_quiet = self._minds is not None and name not in self._decided and writes_to_its_own(module)
-            if is_quiet or module in wanted:
-                self._replace(name, module, is_asked=asked is None or name in asked, is_quiet=is_quiet)
+            elif asked is None or name in asked or name in saved_in:
+                self._replace(module, self._framed(name, module.forward))
+            elif module in within:
+                self._replace(module, self._apart(module.forward))
 
-    def _replace(self, name: str, module: nn.Module, *, is_asked: bool, is_quiet: bool) -> None:
+    def _replace(self, module: nn.Module, call: Forward) -> None:
         """Makes the forward that is to enter a frame, or to leave one, in the place of a module's own."""
-        forward, table = module.forward, module.__dict__
-        buffers = module._buffers if is_quiet else None
-        ours = self._framed(name, forward, buffers) if is_asked else self._apart(forward, buffers)
-        ours.__wrapped__ = forward  # type: ignore[attr-defined]  # for who reads its signature
-        self._replaced.append((table, ours, table.get("forward")))
+        table = module.__dict__
+        self._replaced.append((table, _Followed(module, call), table.get("forward")))
 
-    def _framed(self, name: str, forward: Forward, buffers: Buffers | None) -> Forward:
-        """A forward that runs in a frame of its own; ``buffers``: all that it can write to."""
+    def _framed(self, name: str, forward: Forward) -> Forward:
+        """A forward that runs in a frame of its own."""
 
         def framed(*args: Any, **kwargs: Any) -> Any:
-            outer, frame = self.current, self._frame(name, self.current.stretch)
-            frame.is_watched = buffers is None or self._watches(buffers)
-            self._go_to(frame)
+            if self._follows is not None and not self._follows():
+                return forward(*args, **kwargs)
+            outer = self.current
+            self._go_to(self._frame(name, outer.stretch))
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -180,27 +195,20 @@ class CallSites(Generic[D]):
 
         return framed
 
-    def _apart(self, forward: Forward, buffers: Buffers | None) -> Forward:
+    def _apart(self, forward: Forward) -> Forward:
         """A forward whose ops are not counted, nor taken for those of the frame around it."""
-        nowhere: Frame[D] = Frame("", None)
-        quiet: Frame[D] = Frame("", None, is_watched=False)
 
         def apart(*args: Any, **kwargs: Any) -> Any:
-            outer, is_watched = self.current, buffers is None or self._watches(buffers)
-            if outer.decisions is None and is_watched:
+            outer = self.current
+            if outer.decisions is None or (self._follows is not None and not self._follows()):
                 return forward(*args, **kwargs)
-            self._go_to(nowhere if is_watched else quiet)
+            self._go_to(Frame("", None, has_saves=outer.has_saves))
             try:
                 return forward(*args, **kwargs)
             finally:
                 self._go_to(outer)
 
         return apart
-
-    def _watches(self, buffers: Buffers) -> bool:
-        """Whether a call that writes to nothing but some buffers is to be watched."""
-        assert self._minds is not None
-        return self._minds(buffers.values()) or _has_modes()
 
     def _go_to(self, frame: Frame[D]) -> None:
         """The frame of the ops that follow."""
@@ -238,11 +246,6 @@ class CallSites(Generic[D]):
         """The hook after a module's forward, also when it raised."""
         if self._stack:
             self._go_to(self._stack.pop())
-
-
-def _has_modes() -> bool:
-    """Whether somebody's mode may do more than what is called."""
-    return bool(_len_torch_function_stack() or _len_torch_dispatch_stack())
 
 
 def _within(names: Mapping[nn.Module, str], asked: Collection[str]) -> Collection[nn.Module]:

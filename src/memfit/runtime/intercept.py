@@ -120,9 +120,9 @@ def listen(is_on: bool) -> None:
     _include(_LISTENING, is_on)
 
 
-def watch(is_on: bool) -> None:
-    """From now on the listener is told, or not told, of writes."""
-    _include(_WATCHED, is_on)
+def is_told(listener: Listener) -> bool:
+    """Whether it is this listener that is told what this thread does."""
+    return _is_key_in_tls(_LISTENER) and _get_obj_in_tls(_LISTENER) is listener
 
 
 def is_heard() -> bool:
@@ -279,20 +279,18 @@ def _listening(func: OpOverload) -> Callable[..., Any]:
     """The kernel of an op that a plan has named. See Note 4."""
     after = torch._C._dispatch_keyset_full_after(_LISTENING)
     elsewhere = _taken_elsewhere()
-    op, writes = _op(func), is_writer(func._schema)
+    op = _op(func)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if keyset.raw_repr() & elsewhere:
             return _passed_on(op, _LISTENING, keyset & after, *args, **kwargs)
-        _include(_LISTENING, False)
-        _include(_WATCHED, writes)  # what any other op writes is its own
         listener = _get_obj_in_tls(_LISTENER)
+        _include(_LISTENING, False)
         try:
             if _is_excluded(_ABOVE_KERNELS):
                 return op.call(*args, **kwargs)
             return listener.called(op, op.call, args, kwargs)
         finally:
-            _include(_WATCHED, True)
             _include(_LISTENING, listener.is_listening)
 
     def kernel_in_place(keyset: Any, *args: Any, **kwargs: Any) -> Any:

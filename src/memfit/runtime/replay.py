@@ -33,6 +33,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import chain, repeat
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ from memfit.runtime.handles import (
     opened,
     window_onto,
 )
-from memfit.runtime.intercept import PlannedOp, is_heard, listen, plan_for, told, unheard, watch
+from memfit.runtime.intercept import PlannedOp, is_heard, is_told, listen, plan_for, told, unheard
 from memfit.runtime.opinfo import (
     OpInfo,
     all_in,
@@ -164,7 +165,11 @@ class Replayer:
         self._model = model
         self._decisions = decisions
         self._sites: CallSites[Planned] = CallSites(
-            model, decisions.of_frames, saved_in=decisions.saved_in, moves=self._move, minds=self._minds
+            model,
+            decisions.of_frames,
+            saved_in=decisions.saved_in,
+            moves=self._move,
+            follows=partial(is_told, self),
         )
         self._saves = SaveHooks(saves_through((), self._pack, self._unpack))
         self._dropped: dict[int, Handle] = {}
@@ -186,6 +191,15 @@ class Replayer:
 
     def __enter__(self) -> Replayer:
         self._is_entered = True
+        try:
+            self._enter()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _enter(self) -> None:
+        """Has all in force that tells of the forward."""
         plan_for(self._decisions.funcs)
         self._stack.enter_context(self._sites)
         if self._sites.regions:
@@ -195,7 +209,6 @@ class Replayer:
         self._saves.set(is_on=self._sites.current.has_saves)
         self.is_listening = _has_more(self._sites.current)
         self._stack.enter_context(told(self, calls=self.is_listening))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -216,8 +229,6 @@ class Replayer:
         now, has_more = self._sites.current, _has_more(frame)
         if has_more is not self.is_listening:
             self._listen(has_more)
-        if frame.is_watched is not now.is_watched:
-            watch(frame.is_watched)
         if frame.has_saves is not now.has_saves:
             self._saves.set(is_on=frame.has_saves)
 
@@ -225,15 +236,6 @@ class Replayer:
         """Is to be told of planned ops from now on, or not."""
         self.is_listening = is_on
         listen(is_on)
-
-    def _minds(self, buffers: Iterable[Tensor | None]) -> bool:
-        """Whether writes to some buffers have to be told of: a record holds one."""
-        for buffer in buffers:
-            if buffer is not None:
-                address = _address(buffer)
-                if address in self._held or address in self._dropped:
-                    return True
-        return False
 
     def _around(self, region: Region, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a region that torch.compile hides. See Note 8."""
