@@ -237,7 +237,7 @@ def _peers(where: str) -> str:
     head = (
         "model | budgets in which a peer fits | memfit's extra CPU time over the best peer's: median | "
         "highest | by counted operators: median | highest | above the budget | other gradients | predicted "
-        "over measured peak"
+        "over measured peak | commit"
     )
     return _table(head, peer_tables.against(), "peers", where)
 

@@ -68,7 +68,7 @@ def against() -> list[list[str]]:
         ratios = [row["predicted_bytes"] / row["peak_bytes"] for row in memfit]
         cells += [str(sum(row["peak_bytes"] > row["budget_bytes"] for row in memfit))]
         cells += [str(sum(row["gradients_equal"] is False for row in memfit))]
-        cells += [f"{min(ratios):.4f} to {max(ratios):.4f}"]
+        cells += [f"{min(ratios):.4f} to {max(ratios):.4f}", f"`{of(model)[0]['commit']}`"]
         rows.append(cells)
     return rows
 
