@@ -68,7 +68,7 @@ zoo: $(STAMP)  ## Every model at three budgets, against the plain step and the a
 	$(PY) benchmarks/render.py
 
 operators: $(STAMP)  ## Every operator of PyTorch in a step that recomputes all it can: about 2 minutes
-	OMP_NUM_THREADS=1 $(PY) benchmarks/operator_database.py --out benchmarks/results/$(TODAY)_cpu_operators.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/operator_database.py --out benchmarks/results/$(TODAY)_cpu_operator_database.json
 	$(PY) benchmarks/render.py
 
 families: $(STAMP)  ## Whole steps of many transformers families: predicted against measured peak

@@ -165,7 +165,7 @@ def _audit(where: str) -> str:
 
 
 def _operators(where: str) -> str:
-    found = newest("operators")[0]
+    found = newest("operator_database")[0]
     samples = found["samples"]
     told = [f"{row['sample']}: {row['reason'] or row['status']}" for row in found["reasons"]]
     row = (
@@ -181,7 +181,7 @@ def _operators(where: str) -> str:
         "operators | kinds of ops recomputed | samples bitwise equal | different | raising where the plain "
         "step does not | where the plain step raises | without a judgement"
     )
-    return _table(head, [row], "operators", where)
+    return _table(head, [row], "operator_database", where)
 
 
 def _faults(where: str) -> str:

@@ -76,7 +76,7 @@ def _promises() -> list[Row]:
 
 def _operators() -> list[Row]:
     """Every operator that PyTorch has samples of."""
-    found, run = newest("operators")
+    found, run = newest("operator_database")
     samples = found["samples"]
     steps = samples["equal"] + samples.get("differs", 0) + samples.get("raises", 0)
     return [
