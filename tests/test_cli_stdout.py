@@ -50,7 +50,7 @@ try:
     with own_stdout():
         print("ours")
 except BrokenPipeError:
-    sys.stderr.write("seen")
+    print("seen", end="", file=sys.stderr, flush=True)
     os._exit(0)
 """
 
