@@ -611,13 +611,14 @@ def step_outcome(
     recompute: Iterable[ValueKey] | None = None,
     levels: Collection[Level] = (),
     seed: int = 11,
+    saved_in: frozenset[str] | None = None,
 ) -> Outcome:
     """Forward and backward on a copy of the model: plain, or with the named values replayed."""
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     mode: Any = contextlib.nullcontext()
     if recompute is not None:
-        mode = Replayer(model, decisions_of(recompute, levels))
+        mode = Replayer(model, decisions_of(recompute, levels, saved_in))
     with mode:
         loss = loss_fn(model, batch)
     loss.backward()

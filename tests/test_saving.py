@@ -21,7 +21,6 @@ from models import (
     CASES,
     WIDTH,
     Net,
-    Outcome,
     assert_same,
     floats,
     keys,
@@ -33,19 +32,6 @@ from models import (
 )
 
 
-def _under(name: str, plan: Any, frames: frozenset[str] | None) -> tuple[Outcome, int]:
-    """A step of a case with hooks in some frames only, and its peak."""
-    case = CASES[name]
-    torch.manual_seed(3)
-    model, batch = case.model(), case.batch()
-    torch.manual_seed(11)
-    with PeakMeter(torch.device("cpu")) as meter:
-        with Replayer(model, decisions_of(plan, saved_in=frames)):
-            loss = case.loss(model, batch)
-        loss.backward()
-    return outcome_of(model, loss), meter.peak_bytes
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_hooks_in_the_frames_that_save_are_as_good_as_hooks_everywhere(name: str) -> None:
     case = CASES[name]
@@ -53,10 +39,13 @@ def test_hooks_in_the_frames_that_save_are_as_good_as_hooks_everywhere(name: str
     model, batch = case.model(), case.batch()
     graph = recorded(model, case.loss, batch)
     plan = keys(graph, droppable(graph))
-    everywhere, most_bytes = _under(name, plan, None)
-    some, bytes_then = _under(name, plan, frames_that_save(graph, plan))
-    assert_same(everywhere, some)
-    assert bytes_then <= most_bytes
+    found, peaks_bytes = [], []
+    for frames in (None, frames_that_save(graph, plan)):
+        with PeakMeter(torch.device("cpu")) as meter:
+            found.append(step_outcome(model, case.loss, batch, plan, saved_in=frames))
+        peaks_bytes.append(meter.peak_bytes)
+    assert_same(*found)
+    assert peaks_bytes[1] <= peaks_bytes[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,7 +59,7 @@ def test_hooks_in_any_frames_at_all_give_the_plain_step_to_the_bit(name: str) ->
     draw = random.Random(5)
     for _, plan in plans_of(graph):
         for some in ((), [f for f in frames if draw.random() < 0.5]):
-            assert_same(plain, _under(name, plan, frozenset(some))[0])
+            assert_same(plain, step_outcome(model, case.loss, batch, plan, saved_in=frozenset(some)))
 
 
 def test_following_calls_pays_where_most_saves_are_elsewhere() -> None:

@@ -20,7 +20,6 @@ from models import (
     assert_same,
     floats,
     keys,
-    outcome_of,
     plans_of,
     recorded,
     square_loss,
@@ -46,12 +45,7 @@ def test_a_copy_of_a_module_made_in_the_forward_runs_with_its_own_weights() -> N
     graph = recorded(model, square_loss, batch)
     for _, plan in plans_of(graph):
         for frames in (None, frames_that_save(graph, plan), frozenset({"lin", "lin.0"})):
-            twin = copy.deepcopy(model)
-            torch.manual_seed(11)
-            with Replayer(twin, decisions_of(plan, saved_in=frames)):
-                loss = square_loss(twin, batch)
-            loss.backward()
-            assert_same(plain, outcome_of(twin, loss))
+            assert_same(plain, step_outcome(model, square_loss, batch, plan, saved_in=frames))
 
 
 def test_a_copy_made_in_the_forward_is_a_module_like_any_other_afterwards() -> None:
@@ -88,17 +82,14 @@ def _calls_in_a_thread(m: Any, x: Tensor) -> Any:
     return m.lin((found[0] * 2.0).sin()).cos()
 
 
-@pytest.mark.parametrize("frames", [None, (), ("model",), ("lin", "lin.0", "lin.1")])
+@pytest.mark.parametrize(
+    "frames", [None, frozenset(), frozenset({"model"}), frozenset({"lin", "lin.0", "lin.1"})]
+)
 def test_a_module_called_in_another_thread_is_called_as_it_is(frames: Any) -> None:
     model, batch = Net(_calls_in_a_thread, lin=_linear()), floats()
     plain = step_outcome(model, square_loss, batch)
     for _, plan in plans_of(recorded(model, square_loss, batch)):
-        twin = copy.deepcopy(model)
-        torch.manual_seed(11)
-        with Replayer(twin, decisions_of(plan, saved_in=None if frames is None else frozenset(frames))):
-            loss = square_loss(twin, batch)
-        loss.backward()
-        assert_same(plain, outcome_of(twin, loss))
+        assert_same(plain, step_outcome(model, square_loss, batch, plan, saved_in=frames))
 
 
 def test_statistics_that_an_inner_replay_holds_are_written_in_an_outer_frame() -> None:

@@ -254,7 +254,7 @@ def test_a_write_that_the_recording_had_not_is_as_in_the_plain_step(name: str) -
         assert_same(outcome(model, square_loss, busy), outcome(model, square_loss, busy, plan))
 
 
-# ---- modules in which no write is watched -------------------------------------------------------------
+# ---- writes made inside torch's own layers ------------------------------------------------------------
 
 
 def _reads_the_statistics_before(m: Any, x: Tensor) -> Any:
@@ -277,7 +277,7 @@ def _reads_the_statistics_between(m: Any, x: Tensor) -> Any:
     "body",
     [_reads_the_statistics_before, _normalises_by_old_statistics_first, _reads_the_statistics_between],
 )
-def test_statistics_that_a_record_holds_are_watched_in_a_batch_norm(body: Any) -> None:
+def test_statistics_that_a_record_holds_are_as_they_were_before_a_batch_norm_wrote_them(body: Any) -> None:
     model = Net(body, norm=nn.BatchNorm1d(WIDTH), out=nn.Linear(WIDTH, WIDTH))
     batch = floats()
     graph = recorded(model, square_loss, batch)
@@ -288,7 +288,7 @@ def test_statistics_that_a_record_holds_are_watched_in_a_batch_norm(body: Any) -
         assert_same(plain, outcome(model, square_loss, batch, outside))
 
 
-def test_a_mode_of_the_user_may_write_in_a_module_that_does_not() -> None:
+def test_a_write_of_the_users_mode_inside_a_linear_layer_is_seen() -> None:
     class Scales(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is F.linear:

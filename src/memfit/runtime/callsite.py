@@ -67,7 +67,7 @@ class _Followed:
     def __init__(self, module: nn.Module, call: Forward) -> None:
         self._module = module
         self._call = call
-        self._former = module.__dict__.get("forward")
+        self.former: Forward | None = module.__dict__.get("forward")
         self.__wrapped__ = module.forward  # for who reads its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +76,8 @@ class _Followed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What belongs into the copy of the module."""
-        if self._former is not None:
-            return copy.deepcopy(self._former, memo)
+        if self.former is not None:
+            return copy.deepcopy(self.former, memo)
         twin = memo.get(id(self._module))
         return self.__wrapped__ if twin is None else MethodType(type(twin).forward, twin)
 
@@ -115,7 +115,7 @@ class CallSites(Generic[D]):
         self._moves = moves
         self._follows = follows
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[dict[str, Any], _Followed, Forward | None]] = []
+        self._replaced: list[tuple[dict[str, Any], _Followed]] = []
         self._marks: list[Any] = []
         self._sharded: list[tuple[nn.Module, str, Stretch]] = []
         self._calls: dict[str, int] = {}
@@ -136,20 +136,20 @@ class CallSites(Generic[D]):
             self._handles.append(module.register_forward_pre_hook(self._begin(name, stretch)))
             self._handles.append(module.register_forward_hook(self._end, prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        for table, ours, _ in self._replaced:
+        for table, ours in self._replaced:
             table["forward"] = ours
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for table, ours, former in reversed(self._replaced):
+        for table, ours in reversed(self._replaced):
             if table.get("forward") is not ours:  # the model has set another one meanwhile
                 continue
-            if former is None:
+            if ours.former is None:
                 del table["forward"]
             else:
-                table["forward"] = former
+                table["forward"] = ours.former
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -177,14 +177,13 @@ class CallSites(Generic[D]):
 
     def _replace(self, module: nn.Module, call: Forward) -> None:
         """Makes the forward that is to enter a frame, or to leave one, in the place of a module's own."""
-        table = module.__dict__
-        self._replaced.append((table, _Followed(module, call), table.get("forward")))
+        self._replaced.append((module.__dict__, _Followed(module, call)))
 
     def _framed(self, name: str, forward: Forward) -> Forward:
         """A forward that runs in a frame of its own."""
 
         def framed(*args: Any, **kwargs: Any) -> Any:
-            if self._follows is not None and not self._follows():
+            if not self._is_followed():
                 return forward(*args, **kwargs)
             outer = self.current
             self._go_to(self._frame(name, outer.stretch))
@@ -200,7 +199,7 @@ class CallSites(Generic[D]):
 
         def apart(*args: Any, **kwargs: Any) -> Any:
             outer = self.current
-            if outer.decisions is None or (self._follows is not None and not self._follows()):
+            if outer.decisions is None or not self._is_followed():
                 return forward(*args, **kwargs)
             self._go_to(Frame("", None, has_saves=outer.has_saves))
             try:
@@ -209,6 +208,10 @@ class CallSites(Generic[D]):
                 self._go_to(outer)
 
         return apart
+
+    def _is_followed(self) -> bool:
+        """Whether a call is to be followed that is made here."""
+        return self._follows is None or self._follows()
 
     def _go_to(self, frame: Frame[D]) -> None:
         """The frame of the ops that follow."""

@@ -275,10 +275,10 @@ class Replayer:
         if self._writes:
             self._begin_versions()
         written = declared_writes(info, args, kwargs) if info.written else []
-        if self._has_blanks or self._sites.is_sharded:
-            given = all_in([*args, *kwargs.values()])
-            self._hold_blanks(info, given, written)
-            self._hold_barriers(given)
+        if self._has_blanks:
+            self._hold_blanks(info, all_in([*args, *kwargs.values()]), written)
+        if self._sites.is_sharded:
+            self._hold_barriers(all_in([*args, *kwargs.values()]))
         running = self._begin_record(op, args, kwargs, written)
         if running is None:
             return call(*args, **kwargs)
@@ -336,8 +336,6 @@ class Replayer:
 
     def _hold_blanks(self, info: OpInfo, given: list[Tensor], written: list[Tensor]) -> None:
         """Takes blank memory out of the plan if the op looks at it. See Note 7."""
-        if not self._has_blanks:
-            return
         unread = {_address(t) for t in written} if overwrites_all(info, written) else set()
         for tensor in given:
             found = self._dropped.get(_address(tensor))
@@ -346,8 +344,6 @@ class Replayer:
 
     def _hold_barriers(self, given: list[Tensor]) -> None:
         """Takes out of the plan what could not be made again for the op. See Note 9."""
-        if not self._sites.is_sharded:
-            return
         stretch = self._sites.current.stretch
         for tensor in given:
             address = _address(tensor)
@@ -396,10 +392,8 @@ class Replayer:
         kept = Held(tensor.detach(), _version_of(tensor))
         if self._writes and any(w.address == address and not w.has_happened() for w in self._writes):
             _hold_copies([kept])
-        elif address in self._held:
-            self._held[address].append(weakref.ref(kept))
         else:
-            self._held[address] = [weakref.ref(kept)]
+            self._held.setdefault(address, []).append(weakref.ref(kept))
         return kept
 
     def begin_writes(self, tensors: list[Tensor]) -> int:
