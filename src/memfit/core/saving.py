@@ -10,11 +10,10 @@ _CALLS_PER_SAVE = 1  # following so many module calls costs as much as looking a
 
 
 def saved_in(graph: StepGraph, recomputed: Collection[ValueKey]) -> frozenset[str] | None:
-    """The module calls in which something of a plan is saved; None where following calls does not pay."""
+    """The module calls in which something of a plan is saved; None where following them does not pay."""
     found = frames_that_save(graph, recomputed)
     elsewhere = sum(found.isdisjoint(frames) for _, frames in _saves(graph))
-    calls = len({op.key.frame for op in graph.ops[: graph.forward_ops]})
-    return found if elsewhere > _CALLS_PER_SAVE * calls else None
+    return found if elsewhere > _CALLS_PER_SAVE * len(found) else None
 
 
 def frames_that_save(graph: StepGraph, recomputed: Collection[ValueKey]) -> frozenset[str]:
